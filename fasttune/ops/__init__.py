@@ -1,0 +1,6 @@
+"""Fused training operations. Each takes `backend=None` and has a `torch` reference; see docs/api.md."""
+
+from fasttune.ops._backends import available_backends
+from fasttune.ops.dropout import dropout
+
+__all__ = ["available_backends", "dropout"]

@@ -1,0 +1,40 @@
+"""Argument checks shared by the operations: before any memory is touched, naming what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def check_floating(operation: str, name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{operation}: {name} is a {type(tensor).__name__}; expected a torch.Tensor.")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{operation}: {name} is {describe(tensor)}; expected a floating-point tensor.")
+
+
+def check_shape(operation: str, name: str, tensor: torch.Tensor, shape: Sequence[int], meaning: str = "") -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        because = f" ({meaning})" if meaning else ""
+        raise ValueError(f"{operation}: {name} is {describe(tensor)}; expected shape {tuple(shape)}{because}.")
+
+
+def check_device(operation: str, name: str, tensor: torch.Tensor, device: torch.device, like: str) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{operation}: {name} is {describe(tensor)}; expected it on {device} like {like}.")
+
+
+def check_parameter(operation: str, name: str, tensor: torch.Tensor | None, size: int, x: torch.Tensor) -> None:
+    """A weight or bias (size,) that goes with x (..., size): on x's device, in x's dtype or float32."""
+    if tensor is None:
+        return
+    check_floating(operation, name, tensor)
+    check_shape(operation, name, tensor, (size,), "the last dimension of x")
+    check_device(operation, name, tensor, x.device, "x")
+    if tensor.dtype not in (x.dtype, torch.float32, torch.float64):
+        raise TypeError(f"{operation}: {name} is {describe(tensor)}; expected {x.dtype} like x, or float32.")

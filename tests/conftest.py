@@ -1,0 +1,34 @@
+"""Shared fixtures. Run `pytest` from the checkout; every backend and instruction set this machine has is exercised."""
+
+import pytest
+import torch
+
+from fasttune.ops import _cpp
+
+torch.set_num_threads(2)
+
+
+def _isas():
+    return _cpp.library.available_isas() if _cpp.library is not None else []
+
+
+@pytest.fixture(params=_isas() or [pytest.param("none", marks=pytest.mark.skip(reason=_cpp.unavailable_reason))])
+def isa(request):
+    """Runs a test once per instruction set of this machine, and proves that the forced one is active."""
+    before = _cpp.library.active_isa()
+    _cpp.library.select_isa(request.param)
+    assert _cpp.library.active_isa() == request.param
+    yield request.param
+    _cpp.library.select_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty is filled with NaN, so that an output element nobody writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,55 @@
+"""The error budget of every parity test.
+
+The truth is the same computation in float64. Against it, fasttune may be off by at most twice what stock PyTorch is in
+the tested dtype, plus one unit in the last place of the largest true value (the floor: stock may be exact by luck).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOOR_ULPS = 1.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def max_error(actual: Tensor, exact: Tensor) -> float:
+    return (actual.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def assert_parity(actual: Tensor, stock: Tensor, exact: Tensor, what: str = "value") -> None:
+    """|actual - exact| <= 2 |stock - exact| + 1 ulp of max |exact|, all as maxima over the tensor."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == stock.dtype, f"{what}: dtype {actual.dtype}, expected {stock.dtype}"
+    assert torch.isfinite(actual).all() or not torch.isfinite(exact).all(), f"{what}: not finite"
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    floor = FLOOR_ULPS * torch.finfo(actual.dtype).eps * largest
+    ours, theirs = max_error(actual, exact), max_error(stock, exact)
+    assert ours <= 2 * theirs + floor, f"{what}: error {ours:.3g}, stock {theirs:.3g}, floor {floor:.3g}"
+
+
+def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """[output, gradient of each input] of `function(*inputs)` under the upstream gradient, in the inputs' dtype."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def assert_same_math(
+    fused: Callable[..., Tensor],
+    stock: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    names: Sequence[str],
+) -> None:
+    """Output and every gradient of `fused` against `stock` in the inputs' dtype and in float64."""
+    shape = stock(*inputs).shape
+    upstream = torch.randn(shape, dtype=torch.float64).to(inputs[0].dtype)
+    exact = run(stock, [tensor.double() for tensor in inputs], upstream.double())
+    for what, ours, theirs, truth in zip(
+        ("output", *(f"grad {name}" for name in names)),
+        run(fused, inputs, upstream),
+        run(stock, inputs, upstream),
+        exact,
+        strict=True,
+    ):
+        assert_parity(ours, theirs, truth, what)
