@@ -2,5 +2,6 @@
 
 from fasttune.ops._backends import available_backends
 from fasttune.ops.dropout import dropout
+from fasttune.ops.packing import PackedBatch, pack, unpack
 
-__all__ = ["available_backends", "dropout"]
+__all__ = ["PackedBatch", "available_backends", "dropout", "pack", "unpack"]

@@ -1,0 +1,171 @@
+"""Packing: the real tokens of a padded batch, side by side. Nothing that padding would cost is computed in between.
+
+A padded batch (B, S, ...) with a 0/1 mask becomes (T, ...), T = number of ones, in row-major order; each sequence's
+tokens keep their order, so that causal attention within a sequence means the same. `PackedBatch` knows the way back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune.ops import _backends
+from fasttune.ops._checks import check_device, check_shape, describe
+from fasttune.ops._operator import Operator
+
+# Shape legend: mask (B, S); rows (B * S, ...); packed (T, ...); indices (T,) int64, the flat row of each packed token.
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Where the tokens of a packed batch come from and where its sequences begin.
+
+    indices: int64 (T,), strictly increasing: the flat row b * S + s of each token. It is also the token's logical row
+        for dropout (`row_ids`), so that packing does not change which elements are dropped.
+    cu_seqlens: int32 (N + 1,), cumulative sequence lengths; cu_seqlens[-1] == T.
+    max_seqlen: the longest sequence, a Python integer.
+    shape: (B, S) of the padded batch.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    shape: tuple[int, int]
+
+    @staticmethod
+    def from_mask(attention_mask: Tensor) -> PackedBatch:
+        """From a mask (B, S), bool or 0/1 of any dtype: one sequence per row. Reads the token count back from a GPU.
+
+        Raises ValueError unless the mask has two dimensions, TypeError unless it is a tensor.
+        """
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"pack: attention_mask is a {type(attention_mask).__name__}; expected a torch.Tensor.")
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"pack: attention_mask is {describe(attention_mask)}; expected a 0/1 mask of shape (B, S)."
+            )
+        real = attention_mask != 0
+        lengths = real.sum(1, dtype=torch.int32)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        indices = real.flatten().nonzero().squeeze(1)
+        longest = int(lengths.max()) if lengths.numel() else 0
+        return PackedBatch(indices, cu_seqlens, longest, (real.shape[0], real.shape[1]))
+
+    @staticmethod
+    def from_position_ids(position_ids: Tensor) -> PackedBatch:
+        """From position ids (B, S) that restart at 0 wherever a sequence begins: every token is real, and each row is
+        cut at its restarts (what DataCollatorWithFlattening produces, B = 1).
+
+        Raises ValueError unless position_ids has two dimensions.
+        """
+        if position_ids.dim() != 2:
+            raise ValueError(f"pack: position_ids is {describe(position_ids)}; expected shape (B, S).")
+        starts = torch.ones_like(position_ids, dtype=torch.bool)
+        starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        first = starts.flatten().nonzero().squeeze(1).to(torch.int32)
+        total = torch.full((1,), position_ids.numel(), dtype=torch.int32, device=position_ids.device)
+        cu_seqlens = torch.cat((first, total)) if position_ids.numel() else total
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+        indices = torch.arange(position_ids.numel(), device=position_ids.device)
+        return PackedBatch(indices, cu_seqlens, longest, (position_ids.shape[0], position_ids.shape[1]))
+
+    @cached_property
+    def packed_rows(self) -> Tensor:
+        """int64 (B * S,): the packed row of each padded row, -1 at padding."""
+        rows = torch.full((self.shape[0] * self.shape[1],), -1, dtype=torch.int64, device=self.indices.device)
+        rows[self.indices] = torch.arange(self.indices.numel(), device=self.indices.device)
+        return rows
+
+    @property
+    def total(self) -> int:
+        """T, the number of real tokens."""
+        return self.indices.numel()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no padding at all."""
+        return self.total == self.shape[0] * self.shape[1]
+
+
+def _gather(rows: Tensor, indices: Tensor, count: int) -> Tensor:
+    return rows.index_select(0, indices)
+
+
+def _scatter(packed: Tensor, indices: Tensor, count: int) -> Tensor:
+    return packed.new_zeros((count, *packed.shape[1:])).index_copy_(0, indices, packed)
+
+
+def _fake_gather(rows: Tensor, indices: Tensor, count: int) -> Tensor:
+    return rows.new_empty((indices.shape[0], *rows.shape[1:]))
+
+
+def _fake_scatter(packed: Tensor, indices: Tensor, count: int) -> Tensor:
+    return packed.new_empty((count, *packed.shape[1:]))
+
+
+def _setup_context(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
+    _, indices, count, backend = args
+    ctx.save_for_backward(indices)
+    ctx.count, ctx.backend = count, backend
+
+
+def _backward_of_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _scatter_rows(grad, ctx.saved_tensors[0], ctx.count, ctx.backend), None, None
+
+
+def _backward_of_scatter(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _gather_rows(grad, ctx.saved_tensors[0], ctx.count, ctx.backend), None, None
+
+
+# Each is the other's backward. Rows are distinct, so the gradient is a plain copy: torch's own index_select would
+# accumulate with index_add, which is serial on a CPU and not deterministic on a GPU.
+_gather_rows = Operator(
+    "gather_rows",
+    "(Tensor rows, Tensor indices, int count) -> Tensor",
+    {"torch": _gather},
+    _fake_gather,
+    setup_context=_setup_context,
+    backward=_backward_of_gather,
+)
+_scatter_rows = Operator(
+    "scatter_rows",
+    "(Tensor packed, Tensor indices, int count) -> Tensor",
+    {"torch": _scatter},
+    _fake_scatter,
+    setup_context=_setup_context,
+    backward=_backward_of_scatter,
+)
+_backends.declare("packing")
+
+
+def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """rows[indices] for distinct indices: (R, ...) and int64 (T,) to (T, ...). Its backward writes zeros elsewhere."""
+    return _gather_rows(rows, indices, rows.shape[0], "torch")
+
+
+def pack(x: Tensor, attention_mask: Tensor | PackedBatch) -> tuple[Tensor, PackedBatch]:
+    """The rows of x (B, S, ...) whose mask (B, S) is not 0, as (T, ...), and the way back.
+
+    attention_mask: a 0/1 mask, padded on the right, the left or anywhere, or the PackedBatch of an earlier call.
+    Differentiable and deterministic; padding rows get gradient 0. Raises ValueError where shapes or devices differ.
+    """
+    batch = attention_mask if isinstance(attention_mask, PackedBatch) else PackedBatch.from_mask(attention_mask)
+    if x.dim() < 2 or (x.shape[0], x.shape[1]) != batch.shape:
+        raise ValueError(f"pack: x is {describe(x)}; expected shape {batch.shape} + (...), like attention_mask.")
+    check_device("pack", "x", x, batch.indices.device, "attention_mask")
+    return gather_rows(x.reshape(-1, *x.shape[2:]), batch.indices), batch
+
+
+def unpack(packed: Tensor, batch: PackedBatch) -> Tensor:
+    """The inverse of `pack`: (T, ...) to (B, S, ...), zeros at padding. Differentiable and deterministic.
+
+    Raises ValueError if packed does not hold batch.total rows or lies on another device.
+    """
+    check_shape("unpack", "packed", packed, (batch.total, *packed.shape[1:]), "one row per real token")
+    check_device("unpack", "packed", packed, batch.indices.device, "the batch")
+    rows = _scatter_rows(packed, batch.indices, batch.shape[0] * batch.shape[1], "torch")
+    return rows.view(*batch.shape, *packed.shape[1:])
