@@ -34,7 +34,10 @@ def _load() -> None:
     try:
         compiled = importlib.import_module("fasttune._cpu")
     except ImportError as error:
-        unavailable_reason = f"the compiled CPU library is not there ({error}); install a C++17 compiler and reinstall"
+        unavailable_reason = (
+            f"the compiled CPU library is not there ({error}); install a C++17 compiler and reinstall, or in a checkout"
+            " run `python setup.py build_ext --inplace`"
+        )
         return
     try:
         compiled.set_thread_pool(*_torch_functions())

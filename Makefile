@@ -1,0 +1,73 @@
+# Everything a developer or CI runs. Works in a fresh clone; every target may be repeated.
+#
+#   make demo       two fine-tunings, stock and patched, side by side (examples/demo.py)
+#   make test       linters, types and the test-suite
+#   make sanitize   the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make package    wheel, sdist and editable installs, with and without a compiler
+#   make bench      benchmarks, as JSON and a Markdown page in out/
+#   make clean      removes what the targets above made
+#
+# PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV its folder, MAX_JOBS the compiler
+# processes. PIP_ARGS goes to pip: without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# fetches torch's CPU build (200 MB) instead of its CUDA build (several GB).
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+# The build requirements of pyproject.toml: here the library is built in place, file by file as they change.
+BUILD_REQUIRES := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
+
+.PHONY: help demo test lint sanitize package bench build clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '3,8s/^# *//p' Makefile
+
+$(BIN)/python:
+	@echo "== creating $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: pip runs again only when the requirements change.
+$(VENV)/.installed-%: $(BIN)/python pyproject.toml constraints.txt
+	@echo "== installing fasttune[$*] and what it needs into $(VENV)"
+	FASTTUNE_BUILD_CPP=0 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt $(BUILD_REQUIRES) -e ".[$*]"
+	@touch $@
+
+build:
+	@echo "== building the C++ library"
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+demo: $(VENV)/.installed-demo build
+	$(BIN)/python examples/demo.py
+
+lint: $(VENV)/.installed-dev
+	@echo "== linting and type-checking"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+test: $(VENV)/.installed-dev build lint
+	@echo "== testing"
+	$(BIN)/python -m pytest --ignore=tests/packaging
+	@if [ -d tests/kernels ]; then echo "== testing the Triton kernels in its interpreter"; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels; fi
+
+sanitize: $(VENV)/.installed-dev
+	@echo "== testing the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	PYTHON=$(BIN)/python scripts/sanitize.sh
+
+package: $(VENV)/.installed-dev
+	@echo "== testing wheel, sdist and editable installs"
+	$(BIN)/python -m pytest tests/packaging
+
+bench: $(VENV)/.installed-bench build
+	@mkdir -p out
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=out/benchmarks.json
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info fasttune/_cpu*.so .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
