@@ -67,12 +67,16 @@ def choose(operation: str, tensor: torch.Tensor, backend: str | None) -> str:
 _chosen: dict[tuple[str, str, torch.dtype, str | None, str | None], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def _choose(operation: str, device: str, dtype: torch.dtype, backend: str | None, environment: str | None) -> str:
     key = (operation, device, dtype, backend, environment)
     if key not in _chosen:
         _chosen[key] = _decide(*key)
     return _chosen[key]
+
+
+# What @torch.compiler.assume_constant_result does; the decorator itself imports torch._dynamo (and triton, sympy, ...),
+# which takes longer than importing torch.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decide(operation: str, device: str, dtype: torch.dtype, backend: str | None, environment: str | None) -> str:
