@@ -26,18 +26,6 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// body(task) for every task in [0, n), handed out one by one: for tasks of unequal cost. Which thread runs a
-// task is arbitrary, so a task writes only what belongs to it and results do not depend on the schedule.
-template <class Body>
-void parallel_tasks(int64_t n, const Body& body) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = n < num_threads() ? n : num_threads();
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(task);
-  });
-}
-
 // Uninitialised scratch memory, aligned to a cache line. Throws std::bad_alloc.
 template <class T>
 class Scratch {
@@ -53,5 +41,32 @@ class Scratch {
  private:
   T* data_;
 };
+
+// body(task) for every task in [0, n), handed out one by one: for tasks of unequal cost. Which thread runs a
+// task is arbitrary, so a task writes only what belongs to it and results do not depend on the schedule.
+template <class Body>
+void parallel_tasks(int64_t n, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = n < num_threads() ? n : num_threads();
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(task);
+  });
+}
+
+// The same, with `floats` of uninitialised scratch memory that belong to the calling thread:
+// body(task, scratch).
+template <class Body>
+void parallel_tasks(int64_t n, int64_t floats, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = n < num_threads() ? n : num_threads();
+  const int64_t stride = (floats + 15) / 16 * 16;
+  const Scratch<float> scratch(static_cast<size_t>(workers * stride));
+  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;)
+        body(task, scratch.get() + worker * stride);
+  });
+}
 
 }  // namespace fasttune

@@ -46,5 +46,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("set_thread_pool", [](Address parallel_for, Address get_num_threads) {
     set_thread_pool(pointer<void>(parallel_for), pointer<void>(get_num_threads));
   });
+  bind_attention(module);
   bind_dropout(module);
 }

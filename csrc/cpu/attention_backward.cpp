@@ -1,0 +1,256 @@
+// Gradients of attention per (sequence, head), recomputing the weights from lse: no K x Q tensor exists.
+//
+// With P = exp(scale Q K^T - lse), Pd = dropout(P) and O = Pd V:
+//     dV = Pd^T dO
+//     dPd = dO V^T, and through the dropout dP = mask * dPd / (1 - p)
+//     dS = P * (dP - delta),  delta = rowsum(P * dP) = rowsum(dO * O)
+//     dQ = scale dS K
+//     dK = scale dS^T Q
+// Rows that see no key have lse = -inf: their P is 0 and so is every gradient.
+//
+// 10 Q K D operations against q, k, v, out, dout read and dq, dk, dv written once: bound by the multiply-adds.
+// Tiling: a task owns one segment of keys of one head, about 640 KB in L2 (K, K^T, V^T, dK, dV in fp32), and
+// walks the query blocks of the sequence past it, 64 queries x 64 keys at a time. dK and dV therefore belong to
+// one task. dQ sums over segments in their order: a task adds its share of a query block after its predecessor
+// did, which by then is ahead of it. So the bits do not depend on the number of threads, nothing is computed
+// twice, and sequences within one segment (512 keys at D = 64) wait for nobody.
+#include "cpu/attention.h"
+
+#include <thread>
+
+#include "cpu/simd/begin.h"
+#include "cpu/simd/attention.inc"
+
+constexpr int64_t kBlock = kAttentionBlock;
+
+struct BackwardTask {
+  SequenceRange sequence;
+  int64_t head, first_key, keys;
+  float* partial;                   // (Q, ld) sums of dQ over segments; null where there is one segment
+  std::atomic<int64_t>* finished;   // query blocks from this one on are done; [-1] is the segment before
+};
+
+struct BackwardScratch {
+  float *query, *dout, *dquery;            // (64, ld)
+  float *lse, *delta;                      // (64,)
+  float *key, *key_t, *value_t;            // (segment, ld), (segment / 64, D, 64) twice
+  float *dkey, *dvalue;                    // (segment, ld)
+  float *weights, *dscores;                // (64, 64)
+  KeptBits* kept;
+};
+
+inline int64_t carve(const AttentionArgs& args, int64_t segment, float* memory, BackwardScratch* s) {
+  const int64_t ld = round_up(args.head_dim, kLanes);
+  Carver carver{memory};
+  for (float** block : {&s->query, &s->dout, &s->dquery}) *block = carver.take(kBlock * ld);
+  for (float** rows : {&s->lse, &s->delta}) *rows = carver.take(kBlock);
+  for (float** keys : {&s->key, &s->dkey, &s->dvalue}) *keys = carver.take(segment * ld);
+  for (float** keys : {&s->key_t, &s->value_t}) *keys = carver.take(segment * args.head_dim);
+  for (float** square : {&s->weights, &s->dscores}) *square = carver.take(kBlock * kBlock);
+  s->kept = reinterpret_cast<KeptBits*>(carver.take(sizeof(KeptBits) / sizeof(float)));
+  return carver.used;
+}
+
+// A tile of P and dS into `weights` (after dropout, without its scale) and `dscores`.
+struct WeightTile {
+  const BackwardScratch& s;
+  const DropoutSpec& dropout;
+  const float *key_t, *value_t;
+  int64_t ld, head_dim, keys, diagonal, dropout_column;
+
+  template <int R, int V>
+  void tile(int64_t row, int64_t column) const {
+    Tile<R, V> sum = zero_tile<R, V>();
+    multiply<false>(s.query + row * ld, ld, key_t + column, kBlock, 0, head_dim, &sum);
+    float* weights = s.weights + row * kBlock + column;
+    float* dscores = s.dscores + row * kBlock + column;
+    const int64_t all_visible = std::min(keys, row + 1 + diagonal);  // what the first row sees, all rows see
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F lse = set1(s.lse[row + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(weights + r * kBlock + v * kLanes, exp(sum.at[r][v] - lse));
+    }
+    if (column + V * kLanes > all_visible)
+      for (int r = 0; r < R; ++r) {
+        const int64_t visible = std::min(keys, row + r + 1 + diagonal);
+        for (int v = 0; v < V; ++v) {
+          float* weight = weights + r * kBlock + v * kLanes;
+          store(weight, keep(lanes_below(visible, column + v * kLanes), load(weight)));
+        }
+      }
+    sum = zero_tile<R, V>();
+    multiply<false>(s.dout + row * ld, ld, value_t + column, kBlock, 0, head_dim, &sum);
+    const F scale = set1(dropout.scale);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F delta = set1(s.delta[row + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = r * kBlock + v * kLanes;
+        const F weight = load(weights + at);
+        F dweight = sum.at[r][v];
+        if (dropout.active()) {
+          const M kept = s.kept->lanes(row + r, dropout_column + column + v * kLanes);
+          dweight = keep(kept, dweight * scale);
+          store(weights + at, keep(kept, weight));
+        }
+        store(dscores + at, weight * (dweight - delta));
+      }
+    }
+  }
+};
+
+// One block of queries against one block of keys.
+inline void backward_block(const AttentionArgs& args, const BackwardScratch& s, int64_t rows, int64_t key,
+                           int64_t keys, int64_t dropout_column, int64_t diagonal) {
+  const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
+  const WeightTile weights{s,        args.dropout, s.key_t + key * head_dim, s.value_t + key * head_dim, ld,
+                           head_dim, keys,         diagonal,                 dropout_column};
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t count = std::min<int64_t>(kTileRows, rows - row);
+    const int64_t widest = std::max<int64_t>(0, std::min(keys, row + count + diagonal));
+    const int64_t vectors = (widest + kLanes - 1) / kLanes;
+    for (int64_t v = 0; v < vectors; v += kTileVectors)
+      run_tile(weights, count, std::min<int64_t>(kTileVectors, vectors - v), row, v * kLanes);
+    const int64_t rest = kBlock - vectors * kLanes;  // read as part of whole tiles below
+    for (int64_t r = row; rest > 0 && r < row + count; ++r) {
+      std::memset(s.weights + r * kBlock + vectors * kLanes, 0, sizeof(float) * rest);
+      std::memset(s.dscores + r * kBlock + vectors * kLanes, 0, sizeof(float) * rest);
+    }
+  }
+  if (args.dvalue.data)
+    Accumulate<true>{s.dvalue + key * ld, ld, s.weights, kBlock, s.dout, ld, rows, diagonal}.run(keys, ld);
+  if (args.dkey.data)
+    Accumulate<true>{s.dkey + key * ld, ld, s.dscores, kBlock, s.query, ld, rows, diagonal}.run(keys, ld);
+  if (args.dquery.data)
+    Accumulate<false>{s.dquery, ld, s.dscores, kBlock, s.key + key * ld, ld, keys, diagonal}.run(rows, ld);
+}
+
+// Query block, dO, lse and delta into scratch.
+template <class T>
+void load_queries(const AttentionArgs& args, const BackwardTask& task, int64_t first, int64_t rows,
+                  const BackwardScratch& s) {
+  const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
+  pack_rows(head_row<const T>(args.query, task.sequence, task.head, first), args.query.row, rows, head_dim,
+            args.scale, s.query, ld);
+  pack_rows(head_row<const T>(args.dout, task.sequence, task.head, first), args.dout.row, rows, head_dim, 1.0f,
+            s.dout, ld);
+  const float* lse = lse_row(args, task.sequence, task.head) + first;
+  const T* out = head_row<const T>(args.out, task.sequence, task.head, first);
+  for (int64_t row = 0; row < rows; ++row, out += args.out.row) {
+    F delta = zero();
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) delta = fma(load(out + d), load(s.dout + row * ld + d), delta);
+    if (d < head_dim) delta = fma(load_n(out + d, head_dim - d), load(s.dout + row * ld + d), delta);
+    s.delta[row] = reduce_add(delta);
+    s.lse[row] = std::isinf(lse[row]) ? std::numeric_limits<float>::infinity() : lse[row];  // exp(S - inf) = 0
+  }
+  std::memset(s.dquery, 0, sizeof(float) * rows * ld);
+}
+
+// Adds this segment's share of a query block of dQ to the earlier ones'; the last one writes the result.
+template <class T>
+void store_dquery(const AttentionArgs& args, const BackwardTask& task, int64_t first, int64_t rows,
+                  const BackwardScratch& s) {
+  const int64_t ld = round_up(args.head_dim, kLanes);
+  const int64_t next_key = task.first_key + task.keys,
+                reach = args.causal ? first + rows + task.sequence.keys - task.sequence.queries
+                                    : task.sequence.keys;
+  const bool last = next_key >= std::min(task.sequence.keys, reach);
+  float* partial = task.partial ? task.partial + first * ld : nullptr;
+  if (task.first_key > 0) {
+    while (task.finished[-1].load(std::memory_order_acquire) > first) std::this_thread::yield();
+    for (int64_t i = 0; i < rows * ld; i += kLanes) store(s.dquery + i, load(partial + i) + load(s.dquery + i));
+  }
+  if (!last) std::memcpy(partial, s.dquery, sizeof(float) * rows * ld);
+  if (last && args.dquery.data)
+    unpack_rows(s.dquery, ld, rows, args.head_dim, args.scale,
+                head_row<T>(args.dquery, task.sequence, task.head, first), args.dquery.row);
+  task.finished->store(first, std::memory_order_release);
+}
+
+template <class T>
+void backward_segment(const AttentionArgs& args, const BackwardTask& task, const BackwardScratch& s) {
+  const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes), keys = task.keys;
+  const SequenceRange& sequence = task.sequence;
+  const int64_t offset = sequence.keys - sequence.queries;  // of the causal diagonal
+  const uint32_t sequence_head = static_cast<uint32_t>(sequence.index * args.heads + task.head);
+  for (int64_t key = 0; key < keys; key += kBlock) {
+    const int64_t count = std::min(kBlock, keys - key);
+    const T* from = head_row<const T>(args.key, sequence, task.head, task.first_key + key);
+    pack_rows(from, args.key.row, count, head_dim, 1.0f, s.key + key * ld, ld);
+    pack_transposed(from, args.key.row, count, head_dim, s.key_t + key * head_dim);
+    pack_transposed(head_row<const T>(args.value, sequence, task.head, task.first_key + key), args.value.row,
+                    count, head_dim, s.value_t + key * head_dim);
+  }
+  std::memset(s.dkey, 0, sizeof(float) * keys * ld);
+  std::memset(s.dvalue, 0, sizeof(float) * keys * ld);
+
+  // Backwards, so that under causality, where later segments meet fewer queries, all segments start together.
+  for (int64_t first = (sequence.queries - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
+    const int64_t rows = std::min(kBlock, sequence.queries - first);
+    if (task.first_key > 0 && args.causal && first + rows + offset <= task.first_key) break;  // sees none of it
+    load_queries<T>(args, task, first, rows, s);
+    for (int64_t key = 0; key < keys; key += kBlock) {
+      const int64_t position = task.first_key + key;
+      const int64_t diagonal = args.causal ? first + offset - position : kUnmasked;
+      if (rows + diagonal <= 0) break;
+      if (args.dropout.active() && position % kDropoutBlock == 0)
+        draw_kept_bits(args.dropout, first, rows, position, sequence_head, s.kept);
+      backward_block(args, s, rows, key, std::min(kBlock, keys - key), position % kDropoutBlock, diagonal);
+    }
+    store_dquery<T>(args, task, first, rows, s);
+  }
+
+  if (args.dkey.data)
+    unpack_rows(s.dkey, ld, keys, head_dim, 1.0f, head_row<T>(args.dkey, sequence, task.head, task.first_key),
+                args.dkey.row);
+  if (args.dvalue.data)
+    unpack_rows(s.dvalue, ld, keys, head_dim, args.dropout.scale,
+                head_row<T>(args.dvalue, sequence, task.head, task.first_key), args.dvalue.row);
+}
+
+void attention_backward(const AttentionArgs& args) {
+  const int64_t ld = round_up(args.head_dim, kLanes);
+  const int64_t longest_segment = 32768 / round_up(args.head_dim, 64) / kDropoutBlock * kDropoutBlock;
+  int64_t longest = 0, segments = 0, partial_rows = 0;
+  for (int64_t n = 0; n < args.sequences; ++n) {
+    const SequenceRange sequence = sequence_range(args, n);
+    longest = std::max(longest, sequence.keys);
+    const int64_t count = std::max<int64_t>(1, (sequence.keys + longest_segment - 1) / longest_segment);
+    segments += count * args.heads;
+    if (count > 1) partial_rows += sequence.queries * args.heads;
+  }
+  const int64_t segment = std::min(longest_segment, round_up(longest, kBlock));
+
+  const Scratch<float> partial(static_cast<size_t>(partial_rows * ld));
+  std::vector<std::atomic<int64_t>> progress(static_cast<size_t>(segments));
+  std::vector<BackwardTask> tasks;
+  tasks.reserve(static_cast<size_t>(segments));
+  float* next_partial = partial.get();
+  for (int64_t n = 0; n < args.sequences; ++n) {
+    const SequenceRange sequence = sequence_range(args, n);
+    for (int64_t head = 0; head < args.heads; ++head) {
+      const bool split = sequence.keys > segment;
+      int64_t key = 0;
+      do {
+        const int64_t keys = std::min(segment, sequence.keys - key);
+        std::atomic<int64_t>* own = &progress[tasks.size()];
+        own->store(std::numeric_limits<int64_t>::max(), std::memory_order_relaxed);
+        tasks.push_back({sequence, head, key, keys, split ? next_partial : nullptr, own});
+        key += keys;
+      } while (key < sequence.keys);
+      if (split) next_partial += sequence.queries * ld;
+    }
+  }
+  BackwardScratch scratch;
+  const int64_t floats = carve(args, segment, nullptr, &scratch);
+  parallel_tasks(static_cast<int64_t>(tasks.size()), floats, [&](int64_t i, float* memory) FT_LAMBDA {
+    BackwardScratch own;
+    carve(args, segment, memory, &own);
+    FASTTUNE_WITH_DTYPE(args.dtype, T, backward_segment<T>(args, tasks[i], own));
+  });
+}
+
+#include "cpu/simd/end.h"

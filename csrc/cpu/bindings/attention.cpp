@@ -1,0 +1,72 @@
+#include "cpu/attention.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "cpu/bindings/bindings.h"
+
+namespace fasttune {
+namespace {
+
+using Rows = std::array<int64_t, 4>;  // address and strides of sequence, row and head
+
+HeadRows head_rows(const Rows& rows) {
+  return {pointer<void>(static_cast<Address>(rows[0])), rows[1], rows[2], rows[3]};
+}
+
+AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, Address offsets, bool causal,
+                        double scale, Address seed, double dropout_p) {
+  AttentionArgs args{};
+  args.dtype = static_cast<DType>(dtype);
+  args.sequences = sizes[0];
+  args.queries = sizes[1];
+  args.keys = sizes[2];
+  args.heads = sizes[3];
+  args.head_dim = sizes[4];
+  args.offsets = pointer<const int64_t>(offsets);
+  args.causal = causal;
+  args.scale = static_cast<float>(scale);
+  args.dropout = make_dropout(read_seed(seed), dropout_p);
+  return args;
+}
+
+}  // namespace
+
+void bind_attention(pybind11::module_& module) {
+  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
+  module.def(
+      "attention_forward",
+      [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key, const Rows& value,
+         const Rows& out, Address lse, Address offsets, bool causal, double scale, Address seed,
+         double dropout_p) {
+        AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
+        args.query = head_rows(query);
+        args.key = head_rows(key);
+        args.value = head_rows(value);
+        args.out = head_rows(out);
+        args.lse = pointer<float>(lse);
+        attention_forward(args);
+      },
+      without_gil);
+  module.def(
+      "attention_backward",
+      [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key, const Rows& value,
+         const Rows& out, Address lse, const Rows& dout, const Rows& dquery, const Rows& dkey,
+         const Rows& dvalue, Address offsets, bool causal, double scale, Address seed, double dropout_p) {
+        AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
+        args.query = head_rows(query);
+        args.key = head_rows(key);
+        args.value = head_rows(value);
+        args.out = head_rows(out);
+        args.lse = pointer<float>(lse);
+        args.dout = head_rows(dout);
+        args.dquery = head_rows(dquery);
+        args.dkey = head_rows(dkey);
+        args.dvalue = head_rows(dvalue);
+        attention_backward(args);
+      },
+      without_gil);
+}
+
+}  // namespace fasttune
