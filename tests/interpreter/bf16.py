@@ -1,8 +1,8 @@
 """Faithful bfloat16 for Triton's interpreter.
 
 The interpreter keeps bfloat16 as raw uint16 bits. Triton 3.9 computes `+`, `*` and `tl.dot` on those bits, and its
-casts from float32 truncate. Here every operation widens to float32, computes there, and rounds to nearest, ties to even: what
-the hardware does for one operation.
+casts from float32 truncate. Here every operation widens to float32, computes there, and rounds to nearest, ties to
+even: what the hardware does for one operation.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Out of bounds: an access that leaves the storage of every tensor argument raises, before it happens.
 Race: programs of one launch run in no order on a GPU, so an address that one program writes must not be read or
-written by another, unless both use atomics. Here they run one after another and a wrong kernel gives the right answer: the check
-remembers who touched each byte.
+written by another, unless both use atomics. Here they run one after another and a wrong kernel gives the right answer:
+the check remembers who touched each byte.
 Traffic: bytes that unmasked lanes loaded and stored, by kernel; `traffic()` collects them.
 """
 
