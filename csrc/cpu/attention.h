@@ -25,20 +25,20 @@ struct HeadRows {
 struct AttentionArgs {
   DType dtype;
   int64_t sequences, heads, head_dim;
-  int64_t queries, keys;           // of every sequence, when dense
-  const int64_t* offsets;          // packed: (N + 1,) first row of each sequence, shared by q, k and v; or null
-  bool causal;                     // query i sees keys j <= i + K - Q
-  float scale;                     // of the scores
-  DropoutSpec dropout;             // on the attention weights
+  int64_t queries, keys;   // of every sequence, when dense
+  const int64_t* offsets;  // packed: (N + 1,) first row of each sequence, shared by q, k and v; or null
+  bool causal;             // query i sees keys j <= i + K - Q
+  float scale;             // of the scores
+  DropoutSpec dropout;     // on the attention weights
   HeadRows query, key, value, out;
-  float* lse;                      // log-sum-exp of the scores: dense (N, H, Q), packed (H, rows)
+  float* lse;                           // log-sum-exp of the scores: dense (N, H, Q), packed (H, rows)
   HeadRows dout, dquery, dkey, dvalue;  // backward only; a null gradient is not computed
 };
 
 // Where one sequence lies.
 struct SequenceRange {
-  int64_t index;               // which sequence: also its coordinate in the dropout generator
-  int64_t first_row;           // its first row in packed tensors, 0 in dense ones
+  int64_t index;      // which sequence: also its coordinate in the dropout generator
+  int64_t first_row;  // its first row in packed tensors, 0 in dense ones
   int64_t queries, keys;
 };
 
@@ -50,8 +50,8 @@ inline SequenceRange sequence_range(const AttentionArgs& args, int64_t index) {
 
 template <class T>
 T* head_row(const HeadRows& rows, const SequenceRange& sequence, int64_t head, int64_t row) {
-  return static_cast<T*>(rows.data) + sequence.index * rows.sequence +
-         (sequence.first_row + row) * rows.row + head * rows.head;
+  return static_cast<T*>(rows.data) + sequence.index * rows.sequence + (sequence.first_row + row) * rows.row +
+         head * rows.head;
 }
 
 inline float* lse_row(const AttentionArgs& args, const SequenceRange& sequence, int64_t head) {

@@ -8,12 +8,12 @@
 //     dK = scale dS^T Q
 // Rows that see no key have lse = -inf: their P is 0 and so is every gradient.
 //
-// 10 Q K D operations against q, k, v, out, dout read and dq, dk, dv written once: bound by the multiply-adds.
-// Tiling: a task owns one segment of keys of one head, about 640 KB in L2 (K, K^T, V^T, dK, dV in fp32), and
-// walks the query blocks of the sequence past it, 64 queries x 64 keys at a time. dK and dV therefore belong to
-// one task. dQ sums over segments in their order: a task adds its share of a query block after its predecessor
-// did, which by then is ahead of it. So the bits do not depend on the number of threads, nothing is computed
-// twice, and sequences within one segment (512 keys at D = 64) wait for nobody.
+// 10 Q K D operations against q, k, v, out, dout read and dq, dk, dv written once: bound by the
+// multiply-adds. Tiling: a task owns one segment of keys of one head, about 640 KB in L2 (K, K^T, V^T, dK, dV
+// in fp32), and walks the query blocks of the sequence past it, 64 queries x 64 keys at a time. dK and dV
+// therefore belong to one task. dQ sums over segments in their order: a task adds its share of a query block
+// after its predecessor did, which by then is ahead of it. So the bits do not depend on the number of
+// threads, nothing is computed twice, and sequences within one segment (512 keys at D = 64) wait for nobody.
 #include "cpu/attention.h"
 
 #include <thread>
@@ -26,16 +26,16 @@ constexpr int64_t kBlock = kAttentionBlock;
 struct BackwardTask {
   SequenceRange sequence;
   int64_t head, first_key, keys;
-  float* partial;                   // (Q, ld) sums of dQ over segments; null where there is one segment
-  std::atomic<int64_t>* finished;   // query blocks from this one on are done; [-1] is the segment before
+  float* partial;                  // (Q, ld) sums of dQ over segments; null where there is one segment
+  std::atomic<int64_t>* finished;  // query blocks from this one on are done; [-1] is the segment before
 };
 
 struct BackwardScratch {
-  float *query, *dout, *dquery;            // (64, ld)
-  float *lse, *delta;                      // (64,)
-  float *key, *key_t, *value_t;            // (segment, ld), (segment / 64, D, 64) twice
-  float *dkey, *dvalue;                    // (segment, ld)
-  float *weights, *dscores;                // (64, 64)
+  float *query, *dout, *dquery;  // (64, ld)
+  float *lse, *delta;            // (64,)
+  float *key, *key_t, *value_t;  // (segment, ld), (segment / 64, D, 64) twice
+  float *dkey, *dvalue;          // (segment, ld)
+  float *weights, *dscores;      // (64, 64)
   KeptBits* kept;
 };
 
@@ -101,12 +101,27 @@ struct WeightTile {
   }
 };
 
+struct RowRange {
+  int64_t first, last;
+};
+
+// Rows of a query block that see just one key, the first of this block: their weight is 1 whatever the score,
+// so dS is exactly 0 and not the difference of two roundings of dP.
+inline RowRange constant_rows(const SequenceRange& sequence, bool causal, int64_t position, int64_t diagonal,
+                              int64_t rows) {
+  if (position > 0) return {0, 0};
+  if (sequence.keys == 1) return {0, rows};
+  if (causal && diagonal <= 0 && -diagonal < rows) return {-diagonal, 1 - diagonal};
+  return {0, 0};
+}
+
 // One block of queries against one block of keys.
 inline void backward_block(const AttentionArgs& args, const BackwardScratch& s, int64_t rows, int64_t key,
-                           int64_t keys, int64_t dropout_column, int64_t diagonal) {
+                           int64_t keys, int64_t dropout_column, int64_t diagonal, RowRange constant) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
-  const WeightTile weights{s,        args.dropout, s.key_t + key * head_dim, s.value_t + key * head_dim, ld,
-                           head_dim, keys,         diagonal,                 dropout_column};
+  const WeightTile weights{
+      s,        args.dropout,  s.key_t + key * head_dim, s.value_t + key * head_dim, ld, head_dim, keys,
+      diagonal, dropout_column};
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - row);
     const int64_t widest = std::max<int64_t>(0, std::min(keys, row + count + diagonal));
@@ -119,6 +134,8 @@ inline void backward_block(const AttentionArgs& args, const BackwardScratch& s, 
       std::memset(s.dscores + r * kBlock + vectors * kLanes, 0, sizeof(float) * rest);
     }
   }
+  for (int64_t r = constant.first; r < constant.last; ++r)
+    std::memset(s.dscores + r * kBlock, 0, sizeof(float) * kBlock);
   if (args.dvalue.data)
     Accumulate<true>{s.dvalue + key * ld, ld, s.weights, kBlock, s.dout, ld, rows, diagonal}.run(keys, ld);
   if (args.dkey.data)
@@ -134,17 +151,19 @@ void load_queries(const AttentionArgs& args, const BackwardTask& task, int64_t f
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
   pack_rows(head_row<const T>(args.query, task.sequence, task.head, first), args.query.row, rows, head_dim,
             args.scale, s.query, ld);
-  pack_rows(head_row<const T>(args.dout, task.sequence, task.head, first), args.dout.row, rows, head_dim, 1.0f,
-            s.dout, ld);
+  pack_rows(head_row<const T>(args.dout, task.sequence, task.head, first), args.dout.row, rows, head_dim,
+            1.0f, s.dout, ld);
   const float* lse = lse_row(args, task.sequence, task.head) + first;
   const T* out = head_row<const T>(args.out, task.sequence, task.head, first);
   for (int64_t row = 0; row < rows; ++row, out += args.out.row) {
     F delta = zero();
     int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) delta = fma(load(out + d), load(s.dout + row * ld + d), delta);
+    for (; d + kLanes <= head_dim; d += kLanes)
+      delta = fma(load(out + d), load(s.dout + row * ld + d), delta);
     if (d < head_dim) delta = fma(load_n(out + d, head_dim - d), load(s.dout + row * ld + d), delta);
     s.delta[row] = reduce_add(delta);
-    s.lse[row] = std::isinf(lse[row]) ? std::numeric_limits<float>::infinity() : lse[row];  // exp(S - inf) = 0
+    s.lse[row] =
+        std::isinf(lse[row]) ? std::numeric_limits<float>::infinity() : lse[row];  // exp(S - inf) = 0
   }
   std::memset(s.dquery, 0, sizeof(float) * rows * ld);
 }
@@ -161,7 +180,8 @@ void store_dquery(const AttentionArgs& args, const BackwardTask& task, int64_t f
   float* partial = task.partial ? task.partial + first * ld : nullptr;
   if (task.first_key > 0) {
     while (task.finished[-1].load(std::memory_order_acquire) > first) std::this_thread::yield();
-    for (int64_t i = 0; i < rows * ld; i += kLanes) store(s.dquery + i, load(partial + i) + load(s.dquery + i));
+    for (int64_t i = 0; i < rows * ld; i += kLanes)
+      store(s.dquery + i, load(partial + i) + load(s.dquery + i));
   }
   if (!last) std::memcpy(partial, s.dquery, sizeof(float) * rows * ld);
   if (last && args.dquery.data)
@@ -190,7 +210,8 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
   // Backwards, so that under causality, where later segments meet fewer queries, all segments start together.
   for (int64_t first = (sequence.queries - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
     const int64_t rows = std::min(kBlock, sequence.queries - first);
-    if (task.first_key > 0 && args.causal && first + rows + offset <= task.first_key) break;  // sees none of it
+    if (task.first_key > 0 && args.causal && first + rows + offset <= task.first_key)
+      break;  // sees none of it
     load_queries<T>(args, task, first, rows, s);
     for (int64_t key = 0; key < keys; key += kBlock) {
       const int64_t position = task.first_key + key;
@@ -198,7 +219,8 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
       if (rows + diagonal <= 0) break;
       if (args.dropout.active() && position % kDropoutBlock == 0)
         draw_kept_bits(args.dropout, first, rows, position, sequence_head, s.kept);
-      backward_block(args, s, rows, key, std::min(kBlock, keys - key), position % kDropoutBlock, diagonal);
+      backward_block(args, s, rows, key, std::min(kBlock, keys - key), position % kDropoutBlock, diagonal,
+                     constant_rows(sequence, args.causal, position, diagonal, rows));
     }
     store_dquery<T>(args, task, first, rows, s);
   }

@@ -1,17 +1,17 @@
 // out = softmax(scale Q K^T) V per (sequence, head), with dropout on the weights, by tiled online softmax.
 //
-// For a block of queries the scores of one block of keys exist at a time: S = scale Q K^T; P = exp(S - m) with
-// m a running reference near the row maximum; O += dropout(P) V and l += rowsum(P) without dropout. In the end
-// out = O / l and lse = m + log l, which is all that backward needs (Milakov and Gimelshein 2018, Rabe and
-// Staats 2021, Dao et al. 2022). When the row maximum passes m by more than kSlack, m rises to it and O and l
-// are rescaled; below that exp(S - m) <= e^8 loses nothing in fp32 and the rescaling is spared.
+// For a block of queries the scores of one block of keys exist at a time: S = scale Q K^T; P = exp(S - m)
+// with m a running reference near the row maximum; O += dropout(P) V and l += rowsum(P) without dropout. In
+// the end out = O / l and lse = m + log l, which is all that backward needs (Milakov and Gimelshein 2018,
+// Rabe and Staats 2021, Dao et al. 2022). When the row maximum passes m by more than kSlack, m rises to it
+// and O and l are rescaled; below that exp(S - m) <= e^8 loses nothing in fp32 and the rescaling is spared.
 // Rows that see no key have l = 0: out = 0, lse = -inf.
 //
 // Moves q, k, v and out once and does 4 Q K D operations: bound by the multiply-adds, not by memory.
 // Tiling: a task owns up to kChunk queries of one head, so no two tasks write the same place and a row's
 // arithmetic does not depend on the split. It packs kSegment keys at a time as fp32 (K transposed, so that
-// scores come out of broadcast multiply-adds), which stay in L2, and walks blocks of 64 queries x 64 keys, whose
-// operands stay in L1. Keys that causality hides are skipped by block, then by row group.
+// scores come out of broadcast multiply-adds), which stay in L2, and walks blocks of 64 queries x 64 keys,
+// whose operands stay in L1. Keys that causality hides are skipped by block, then by row group.
 #include "cpu/attention.h"
 
 #include "cpu/simd/begin.h"
@@ -22,10 +22,10 @@ constexpr float kSlack = 8.0f;
 constexpr int64_t kBlock = kAttentionBlock;
 
 struct ForwardScratch {
-  float *query, *out;          // (chunk, ld)
-  float *reference, *sum;      // m (chunk,), l as kLanes partial sums (chunk, kLanes)
-  float *key_t, *value;        // (segment / 64, D, 64), (segment, ld)
-  float* weights;              // (64, 64)
+  float *query, *out;      // (chunk, ld)
+  float *reference, *sum;  // m (chunk,), l as kLanes partial sums (chunk, kLanes)
+  float *key_t, *value;    // (segment / 64, D, 64), (segment, ld)
+  float* weights;          // (64, 64)
   KeptBits* kept;
 };
 
@@ -62,7 +62,8 @@ struct ScoreTile {
   }
 };
 
-// Turns a row of scores into weights and updates its m and l; of `vectors` vectors only `visible` columns count.
+// Turns a row of scores into weights and updates its m and l; of `vectors` vectors only `visible` columns
+// count.
 inline void softmax_row(float* scores, int64_t vectors, int64_t visible, float* reference, float* sum,
                         float* out, int64_t ld) {
   if (visible < vectors * kLanes) {
@@ -112,7 +113,8 @@ inline void forward_block(const AttentionArgs& args, const ForwardScratch& s, in
                 keep(s.kept->lanes(r, dropout_column + v * kLanes), load(weights + v * kLanes)));
     }
   }
-  Accumulate<false>{s.out + chunk_row * ld, ld, s.weights, kBlock, s.value + segment_key * ld, ld, keys, diagonal}
+  Accumulate<false>{s.out + chunk_row * ld,     ld, s.weights, kBlock,
+                    s.value + segment_key * ld, ld, keys,      diagonal}
       .run(rows, ld);
 }
 
@@ -135,8 +137,8 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
     for (int64_t key = start; key < end; key += kBlock)
       pack_transposed(head_row<const T>(args.key, sequence, head, key), args.key.row,
                       std::min(kBlock, sequence.keys - key), head_dim, s.key_t + (key - start) * head_dim);
-    pack_rows(head_row<const T>(args.value, sequence, head, start), args.value.row, end - start, head_dim, 1.0f,
-              s.value, ld);
+    pack_rows(head_row<const T>(args.value, sequence, head, start), args.value.row, end - start, head_dim,
+              1.0f, s.value, ld);
     for (int64_t row = 0; row < count; row += kBlock) {
       const int64_t rows = std::min(kBlock, count - row);
       for (int64_t key = start; key < end; key += kBlock) {
@@ -144,7 +146,8 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
         if (rows + diagonal <= 0) break;
         if (args.dropout.active() && key % kDropoutBlock == 0)
           draw_kept_bits(args.dropout, first + row, rows, key, sequence_head, s.kept);
-        forward_block(args, s, row, rows, key - start, std::min(kBlock, end - key), key % kDropoutBlock, diagonal);
+        forward_block(args, s, row, rows, key - start, std::min(kBlock, end - key), key % kDropoutBlock,
+                      diagonal);
       }
     }
   }
@@ -153,7 +156,9 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
   for (int64_t row = 0; row < count; ++row) {
     const float total = reduce_add(load(s.sum + row * kLanes));
     lse[row] = total == 0.0f ? -std::numeric_limits<float>::infinity() : s.reference[row] + std::log(total);
-    const float factor = total == 0.0f ? 0.0f : args.dropout.active() ? args.dropout.scale / total : 1.0f / total;
+    const float factor = total == 0.0f           ? 0.0f
+                         : args.dropout.active() ? args.dropout.scale / total
+                                                 : 1.0f / total;
     unpack_rows(s.out + row * ld, ld, 1, head_dim, factor, head_row<T>(args.out, sequence, head, first + row),
                 args.out.row);
   }
@@ -190,8 +195,9 @@ void attention_forward(const AttentionArgs& args) {
     ForwardScratch own;
     carve(args, chunk, segment, memory, &own);
     const ForwardTask& task = tasks[i];
-    FASTTUNE_WITH_DTYPE(args.dtype, T,
-                        forward_chunk<T>(args, task.sequence, task.head, task.first, task.count, segment, own));
+    FASTTUNE_WITH_DTYPE(
+        args.dtype, T,
+        forward_chunk<T>(args, task.sequence, task.head, task.first, task.count, segment, own));
   });
 }
 

@@ -146,12 +146,10 @@ def _cpp_backward(
     dropout_p: float,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
-    gradients = _fake_backward(
-        dout, query, key, value, out, lse, cu_seqlens, seed, causal, scale, dropout_p, needed
-    )
-    wanted = tuple(gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
-    _run_cpp_backward(dout, (query, key, value, out, lse), wanted, cu_seqlens, seed, causal, scale, dropout_p)  # type: ignore[arg-type]
-    return gradients
+    dquery, dkey, dvalue = _fake_backward(dout, query, key, value, needed)
+    wanted = (dquery if needed[0] else None, dkey if needed[1] else None, dvalue if needed[2] else None)
+    _run_cpp_backward(dout, (query, key, value, out, lse), wanted, cu_seqlens, seed, causal, scale, dropout_p)
+    return dquery, dkey, dvalue
 
 
 def _fake_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -201,7 +199,8 @@ _backends.declare("attention", *_attention.implementations)
 
 
 def _cpp_packed_qkv_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _cpp_forward(*qkv.unbind(-3), *rest)
+    query, key, value = qkv.unbind(-3)
+    return _cpp_forward(query, key, value, *rest)
 
 
 def _fake_packed_qkv_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -220,8 +219,10 @@ def _cpp_packed_qkv_backward(
     dropout_p: float,
 ) -> Tensor:
     gradient = torch.empty(qkv.shape, dtype=qkv.dtype)
-    tensors = (*qkv.unbind(-3), out, lse)
-    _run_cpp_backward(dout, tensors, gradient.unbind(-3), cu_seqlens, seed, causal, scale, dropout_p)  # type: ignore[arg-type]
+    query, key, value = qkv.unbind(-3)
+    dquery, dkey, dvalue = gradient.unbind(-3)
+    tensors, gradients = (query, key, value, out, lse), (dquery, dkey, dvalue)
+    _run_cpp_backward(dout, tensors, gradients, cu_seqlens, seed, causal, scale, dropout_p)
     return gradient
 
 
@@ -327,8 +328,8 @@ def attention_packed_qkv(
     query = qkv.select(-3, 0)
     scale, seed, chosen = _check_options(query, causal, scale, dropout_p, cu_seqlens, max_seqlen, backend)
     if chosen == "torch":
-        parts = qkv.unbind(-3)
-        return attention_reference(*parts, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
+        query, key, value = qkv.unbind(-3)
+        return attention_reference(query, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
     return _attention_packed_qkv(qkv, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p, chosen)
 
 
@@ -371,15 +372,16 @@ def _check_options(
                 f" {MAX_HEAD_DIM}. Leave backend at None or ask for 'torch'."
             )
         chosen = "torch"
-    if chosen == "torch" and cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not _is_traced():
+    if (
+        chosen == "torch"
+        and cu_seqlens is not None
+        and cu_seqlens.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
         check_offsets(cu_seqlens, query.shape[0], max_seqlen)
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
     return float(scale), (draw_seed(query.device) if dropout_p > 0.0 else None), chosen
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling()
 
 
 def _same_dtype(*tensors: Tensor) -> list[Tensor]:

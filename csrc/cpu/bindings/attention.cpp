@@ -37,9 +37,9 @@ void bind_attention(pybind11::module_& module) {
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
   module.def(
       "attention_forward",
-      [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key, const Rows& value,
-         const Rows& out, Address lse, Address offsets, bool causal, double scale, Address seed,
-         double dropout_p) {
+      [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
+         const Rows& value, const Rows& out, Address lse, Address offsets, bool causal, double scale,
+         Address seed, double dropout_p) {
         AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
         args.query = head_rows(query);
         args.key = head_rows(key);
@@ -51,9 +51,10 @@ void bind_attention(pybind11::module_& module) {
       without_gil);
   module.def(
       "attention_backward",
-      [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key, const Rows& value,
-         const Rows& out, Address lse, const Rows& dout, const Rows& dquery, const Rows& dkey,
-         const Rows& dvalue, Address offsets, bool causal, double scale, Address seed, double dropout_p) {
+      [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
+         const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
+         const Rows& dkey, const Rows& dvalue, Address offsets, bool causal, double scale, Address seed,
+         double dropout_p) {
         AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
         args.query = head_rows(query);
         args.key = head_rows(key);
