@@ -12,7 +12,8 @@ Bytes: q, k, v, out and lse once for each tile of the other axis, most of it fro
 10 Q K D backward (14 with what both kernels recompute) a head, half of it if causal: tiles above the diagonal are never
 touched, those below it carry no mask. Matrix instructions are the bound; with dropout it is the generator (11 integer
 operations a weight), so forward and dQ walk in steps of 128 keys and use all that a counter gives; the dK, dV kernel
-does where its tile has 128 keys, and with 64 throws half away. A sequence's queries run from the last to the first: causal work is longest first.
+does where its tile has 128 keys, and with 64 throws half away. A sequence's queries run from the last to the first:
+causal work is longest first.
 Tiles: tables at the end. Registers decide them: an accumulator of BLOCK_M x D and a tile of BLOCK_M x BLOCK_N must fit.
 
 A query that sees no key has l = 0: it gives 0, and lse = +inf makes its P 0 in backward. Padding up to the tile is
