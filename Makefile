@@ -18,6 +18,8 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 # The build requirements of pyproject.toml: here the library is built in place, file by file as they change.
 BUILD_REQUIRES := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
+# The version whose interpreter tests/interpreter mends. Without its dependents' consent: torch's CUDA build asks for 3.7.1.
+TRITON := triton==3.9.0
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
 
 .PHONY: help demo test lint sanitize package bench build clean
@@ -34,6 +36,7 @@ $(BIN)/python:
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml constraints.txt
 	@echo "== installing fasttune[$*] and what it needs into $(VENV)"
 	FASTTUNE_BUILD_CPP=0 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt $(BUILD_REQUIRES) -e ".[$*]"
+	if [ $* = dev ] && [ "$$(uname -s)" = Linux ]; then $(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $(TRITON); fi
 	@touch $@
 
 build:
