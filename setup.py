@@ -55,6 +55,7 @@ class NinjaBuild(build_ext):
         includes = [ROOT / "csrc", Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
         flags = [
             *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"),
+            "-ffp-contract=off",  # kernels write fma where they mean it; elsewhere forward and backward must agree
             *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
             *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns about its own intrinsics headers
             *(f"-I{path}" for path in includes),

@@ -3,6 +3,9 @@
 from fasttune.ops._backends import available_backends
 from fasttune.ops.attention import attention, attention_packed_qkv
 from fasttune.ops.dropout import dropout
+from fasttune.ops.gelu import bias_gelu
+from fasttune.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fasttune.ops.layer_norm_gelu import gelu_layer_norm, layer_norm_gelu
 from fasttune.ops.packing import PackedBatch, pack, unpack
 
 __all__ = [
@@ -10,7 +13,12 @@ __all__ = [
     "attention",
     "attention_packed_qkv",
     "available_backends",
+    "bias_gelu",
     "dropout",
+    "dropout_add_layer_norm",
+    "gelu_layer_norm",
+    "layer_norm",
+    "layer_norm_gelu",
     "pack",
     "unpack",
 ]

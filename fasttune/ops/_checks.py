@@ -36,5 +36,30 @@ def check_parameter(operation: str, name: str, tensor: torch.Tensor | None, size
     check_floating(operation, name, tensor)
     check_shape(operation, name, tensor, (size,), "the last dimension of x")
     check_device(operation, name, tensor, x.device, "x")
-    if tensor.dtype not in (x.dtype, torch.float32, torch.float64):
+    if tensor.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{operation}: {name} is {describe(tensor)}; expected {x.dtype} like x, or float32.")
+
+
+def check_columns(operation: str, x: torch.Tensor) -> None:
+    """x (..., columns)."""
+    check_floating(operation, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{operation}: x is {describe(x)}; expected at least one dimension, the last one columns.")
+
+
+def check_row_ids(operation: str, row_ids: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """Contiguous logical row numbers int64 (rows,) of x (..., columns), rows = x.numel() / columns."""
+    if row_ids is None:
+        return None
+    check_shape(operation, "row_ids", row_ids, (x.numel() // max(x.shape[-1], 1),), "one per row of x")
+    check_device(operation, "row_ids", row_ids, x.device, "x")
+    if row_ids.dtype != torch.int64:
+        raise TypeError(f"{operation}: row_ids is {row_ids.dtype}; expected int64.")
+    return row_ids.contiguous()
+
+
+def check_approximate(operation: str, approximate: str) -> bool:
+    """Whether the GELU that `approximate` names is the tanh form."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{operation}: approximate is {approximate!r}; expected 'none' or 'tanh'.")
+    return approximate == "tanh"

@@ -55,4 +55,9 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def dtype_code(tensor: torch.Tensor | None) -> int:
+    """The number of a tensor's dtype; any for None."""
+    return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
+
+
 _load()

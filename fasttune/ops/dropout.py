@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import check_device, check_floating, check_shape
+from fasttune.ops._checks import check_device, check_floating, check_row_ids, check_shape
 from fasttune.ops._operator import Operator
 from fasttune.ops._random import check_probability, draw_seed
 from fasttune.ops._reference.dropout import dropout as dropout_reference
@@ -94,11 +94,7 @@ def dropout(
         check_device("dropout", "residual", residual, x.device, "x")
         if residual.dtype != x.dtype:
             x, residual = _promote(x, residual)
-    if row_ids is not None:
-        check_shape("dropout", "row_ids", row_ids, (x.numel() // max(x.shape[-1], 1),), "one per row of x")
-        check_device("dropout", "row_ids", row_ids, x.device, "x")
-        if row_ids.dtype != torch.int64:
-            raise TypeError(f"dropout: row_ids is {row_ids.dtype}; expected int64.")
+    row_ids = check_row_ids("dropout", row_ids, x)
     if dropout_p == 0.0:
         return x if residual is None else x + residual
     chosen = _backends.choose("dropout", x, backend)

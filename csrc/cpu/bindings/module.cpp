@@ -48,4 +48,6 @@ PYBIND11_MODULE(_cpu, module) {
   });
   bind_attention(module);
   bind_dropout(module);
+  bind_gelu(module);
+  bind_layer_norm(module);
 }
