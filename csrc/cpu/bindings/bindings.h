@@ -20,7 +20,9 @@ inline int64_t read_seed(Address seed) { return seed ? *pointer<const int64_t>(s
 
 void bind_attention(pybind11::module_& module);
 void bind_dropout(pybind11::module_& module);
+void bind_embedding(pybind11::module_& module);
 void bind_gelu(pybind11::module_& module);
+void bind_indices(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 
 }  // namespace fasttune

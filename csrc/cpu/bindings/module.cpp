@@ -48,6 +48,8 @@ PYBIND11_MODULE(_cpu, module) {
   });
   bind_attention(module);
   bind_dropout(module);
+  bind_embedding(module);
   bind_gelu(module);
+  bind_indices(module);
   bind_layer_norm(module);
 }
