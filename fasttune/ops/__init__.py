@@ -3,6 +3,7 @@
 from fasttune.ops._backends import available_backends
 from fasttune.ops.attention import attention, attention_packed_qkv
 from fasttune.ops.dropout import dropout
+from fasttune.ops.embedding import embedding
 from fasttune.ops.gelu import bias_gelu
 from fasttune.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fasttune.ops.layer_norm_gelu import gelu_layer_norm, layer_norm_gelu
@@ -16,6 +17,7 @@ __all__ = [
     "bias_gelu",
     "dropout",
     "dropout_add_layer_norm",
+    "embedding",
     "gelu_layer_norm",
     "layer_norm",
     "layer_norm_gelu",
