@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends, _cpp
+from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import (
     check_columns,
     check_device,
@@ -248,14 +248,14 @@ _layer_norm_backward = Operator(
     "(Tensor dout, Tensor? dsum, Tensor total, Tensor? weight, Tensor? bias, Tensor statistics, Tensor? row_ids,"
     " Tensor? seed, float dropout_p, ScalarType x_dtype, bool need_dx, bool need_dresidual, bool need_dweight,"
     " bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_backward},
+    {"cpp": _cpp_backward, "triton": _triton.lazy("layer_norm", "layer_norm_backward")},
     _fake_backward,
     public=4,
 )
 _layer_norm = Operator(
     "layer_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    {"cpp": _cpp_layer_norm},
+    {"cpp": _cpp_layer_norm, "triton": _triton.lazy("layer_norm", "layer_norm")},
     _fake_layer_norm,
     setup_context=_setup_layer_norm_context,
     backward=_layer_norm_gradients,
@@ -264,7 +264,7 @@ _dropout_add_layer_norm = Operator(
     "dropout_add_layer_norm",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? row_ids, Tensor? seed, float dropout_p,"
     " float eps, bool keep_sum) -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_dropout_add_layer_norm},
+    {"cpp": _cpp_dropout_add_layer_norm, "triton": _triton.lazy("layer_norm", "dropout_add_layer_norm")},
     _fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends, _cpp
+from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_approximate, check_columns, check_parameter
 from fasttune.ops._operator import Operator
 from fasttune.ops._reference.layer_norm import gelu_layer_norm as gelu_layer_norm_reference
@@ -111,7 +111,7 @@ def _operators(name: str) -> Operator:
         f"{name}_backward",
         "(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, bool tanh, bool need_dx,"
         " bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
-        {"cpp": _cpp_backward(f"{name}_backward")},
+        {"cpp": _cpp_backward(f"{name}_backward"), "triton": _triton.lazy("layer_norm", f"{name}_backward")},
         _fake_backward,
         public=3,
     )
@@ -127,7 +127,7 @@ def _operators(name: str) -> Operator:
     return Operator(
         name,
         "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool tanh) -> (Tensor, Tensor)",
-        {"cpp": _cpp_forward(name)},
+        {"cpp": _cpp_forward(name), "triton": _triton.lazy("layer_norm", name)},
         _fake,
         setup_context=_setup_context,
         backward=backward,
