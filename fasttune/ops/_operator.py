@@ -19,11 +19,13 @@ LIBRARY = torch.library.Library("fasttune", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _must_be_traced() -> bool:
+def must_be_traced(*tensors: torch.Tensor) -> bool:
+    """Whether a mode, a transform or the kind of a tensor asks for calls through the dispatcher."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
     )
 
 
@@ -72,7 +74,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the operator; `args` ends with the backend. Returns the public results, a single one bare."""
-        traced, differentiable = _must_be_traced(), False
+        traced, differentiable = must_be_traced(), False
         for arg in args:
             if isinstance(arg, torch.Tensor):
                 differentiable = differentiable or arg.requires_grad

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_cpu, module) {
     set_thread_pool(pointer<void>(parallel_for), pointer<void>(get_num_threads));
   });
   bind_attention(module);
+  bind_cross_entropy(module);
   bind_dropout(module);
   bind_embedding(module);
   bind_gelu(module);

@@ -1,0 +1,464 @@
+"""A linear layer and softmax cross-entropy in one operation that never holds more than one chunk of the logits.
+
+Rows whose label is ignored are dropped first. The rest goes through in chunks: logits = x W^T into one buffer that all
+chunks share, the softmax kernel turns them into their own gradient in place, and two more products give the chunk's
+input gradient and add to the weight gradient. For scalar losses this all happens in forward: the upstream gradient is
+one number, by which backward multiplies what forward left. reduction="none" recomputes the chunks in backward.
+
+Source: the chunking is that of Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989), the loss Szegedy et al. 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune.ops import _backends, _cpp
+from fasttune.ops._checks import check_device, check_floating, check_shape, describe
+from fasttune.ops._indices import check_range
+from fasttune.ops._operator import Operator, must_be_traced
+from fasttune.ops._reference.cross_entropy import linear_cross_entropy as linear_cross_entropy_reference
+from fasttune.ops.cross_entropy import MEAN, NONE, REDUCTIONS, SUM, as_float32, check_loss_arguments, divide
+
+# Shape legend: N rows, of which M count; C input features; V classes; n rows of a chunk.
+# input, dinput (N, C); weight, dweight (V, C); bias, dbias, class weight (V,); target (N,); a chunk's logits (n, V).
+
+# One chunk of logits, with the partial sums of the bias gradient, stays below this; the other scratch takes a few MB.
+CHUNK_BYTES = 50 * 2**20
+# A matrix product is as fast with this many rows as with all of them, and a smaller chunk stays closer to the caches.
+ENOUGH_ROWS, ENOUGH_BYTES = 256, 16 * 2**20
+# Weights in another dtype than the products' are converted a block of classes at a time.
+WEIGHT_BLOCK_BYTES = 8 * 2**20
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the matrix products for inputs of `dtype`.
+
+    bfloat16 where the processor multiplies it natively. Elsewhere float32, of which bfloat16 and float16 are subsets:
+    without native support torch's products took 3 to 10 times as long as in float32 (AVX-512 without bf16).
+    """
+    if dtype == torch.bfloat16 and _native_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _native_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def chunk_rows(rows: int, classes: int, item_bytes: float) -> int:
+    """Rows per chunk, so that chunks are equal and fit the budget."""
+    row_bytes = classes * item_bytes
+    most = max(1, int(min(CHUNK_BYTES, max(ENOUGH_BYTES, ENOUGH_ROWS * row_bytes)) / row_bytes))
+    chunks = -(-rows // most)
+    return max(1, -(-rows // max(chunks, 1)))
+
+
+def _bias_group() -> int:
+    return int(_cpp.library.bias_group)
+
+
+def _weight_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(classes, weight of these classes in `dtype`): all at once where no conversion is needed."""
+    classes, features = weight.shape
+    if weight.dtype == dtype:
+        yield slice(0, classes), weight
+        return
+    size = max(1, WEIGHT_BLOCK_BYTES // max(1, features * dtype.itemsize))
+    scratch = torch.empty((min(size, classes), features), dtype=dtype)
+    for begin in range(0, classes, size):
+        block = weight[begin : begin + size]
+        yield slice(begin, begin + block.shape[0]), scratch[: block.shape[0]].copy_(block)
+
+
+def _add_weight_gradient(dweight: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
+    """dweight (float32) += dlogits.T @ x, or = for the first chunk, which saves clearing it."""
+    if dlogits.dtype == torch.float32:
+        if first:
+            torch.mm(dlogits.t(), x, out=dweight)
+        else:
+            torch.addmm(dweight, dlogits.t(), x, out=dweight)
+        return
+    size = max(1, WEIGHT_BLOCK_BYTES // max(1, x.shape[1] * x.dtype.itemsize))
+    for begin in range(0, dweight.shape[0], size):
+        product, block = torch.mm(dlogits[:, begin : begin + size].t(), x), dweight[begin : begin + size]
+        if first:
+            block.copy_(product)
+        else:
+            block.add_(product)
+
+
+def _run_chunks(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    scale: float,
+    row_scale: Tensor | None = None,
+    losses: Tensor | None = None,
+    dinput: Tensor | None = None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> float:
+    """Fills the results that are there and returns the sum of the losses. dweight and dbias are float32.
+
+    The gradients are those of the sum of scale * row_scale * loss over the rows.
+    """
+    counted = target != ignore_index
+    kept = None if bool(counted.all()) else counted.nonzero().squeeze(1)
+    rows, classes = (target.shape[0] if kept is None else kept.shape[0]), weight.shape[0]
+    for result in (dinput, losses):
+        if result is not None and kept is not None:
+            result.zero_()
+    for result in (dweight, dbias):
+        if result is not None and (rows == 0 or result is dbias):
+            result.zero_()
+    dtype = product_dtype(input.dtype)
+    if dtype == torch.bfloat16 and weight.dtype != dtype:
+        weight = weight.to(dtype)  # as autocast does; sums over blocks of classes would be rounded to bfloat16
+    want_gradient = dinput is not None or dweight is not None or dbias is not None
+    most = chunk_rows(rows, classes, dtype.itemsize + (0.0 if dbias is None else 4 / _bias_group()))
+    buffer = torch.empty((most, classes), dtype=dtype)
+    loss = torch.empty(most, dtype=torch.float32)
+    groups = -(-most // _bias_group())
+    partial = None if dbias is None else torch.empty((groups, classes), dtype=torch.float32)
+    loss_sum = 0.0
+    for begin in range(0, rows, most):
+        n = min(most, rows - begin)
+        select: slice | Tensor = slice(begin, begin + n) if kept is None else kept[begin : begin + n]
+        x, labels, logits = input[select].to(dtype), target[select], buffer[:n]
+        scales = None if row_scale is None else row_scale[select]
+        for block, block_weight in _weight_blocks(weight, dtype):
+            torch.mm(x, block_weight.t(), out=logits[:, block])
+        gradient = logits.data_ptr() if want_gradient else 0
+        loss_sum += _cpp.library.cross_entropy(
+            *(_cpp.DTYPE_CODES[dtype], n, classes, logits.data_ptr(), classes, _cpp.address(bias), labels.data_ptr()),
+            *(_cpp.address(class_weight), ignore_index, label_smoothing, loss.data_ptr(), 0, gradient, classes),
+            *(_cpp.address(scales), 1, scale, _cpp.address(partial)),
+        )
+        if losses is not None:
+            losses[select] = loss[:n]
+        if dinput is not None:
+            straight = kept is None and dinput.dtype == dtype
+            dx = dinput[select] if straight else torch.empty((n, input.shape[1]), dtype=dtype)
+            for block, block_weight in _weight_blocks(weight, dtype):
+                if block.start == 0:
+                    torch.mm(logits[:, block], block_weight, out=dx)
+                else:
+                    torch.addmm(dx, logits[:, block], block_weight, out=dx)
+            if not straight:
+                dinput[select] = dx.to(dinput.dtype)
+        if dweight is not None:
+            _add_weight_gradient(dweight, logits, x, begin == 0)
+        if dbias is not None and partial is not None:
+            _cpp.library.sum_rows(partial.data_ptr(), dbias.data_ptr(), -(-n // _bias_group()), classes)
+    return loss_sum
+
+
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient waits for its upstream factor in: that factor may be what keeps float16 from underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _empty_gradients(
+    input: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    """What _run_chunks fills, None where nobody asks: dinput, dweight, dbias."""
+    return [
+        torch.empty(input.shape, dtype=_gradient_dtype(input.dtype)) if needs[0] else None,
+        torch.empty(weight.shape, dtype=torch.float32) if needs[1] else None,
+        torch.empty(weight.shape[:1], dtype=torch.float32) if needs[2] else None,
+    ]
+
+
+def _cpp_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    target, class_weight = target.contiguous(), as_float32(class_weight)
+    check_range("linear_cross_entropy", "target", target, weight.shape[0], ignore_index)
+    options = (input, weight, target, as_float32(bias), class_weight, ignore_index, label_smoothing)
+    if reduction == NONE:
+        losses = torch.empty(target.shape, dtype=torch.float32)
+        _run_chunks(*options, scale=1.0, losses=losses)
+        return losses, torch.empty(0), torch.empty(0), torch.empty(0)
+    if reduction == MEAN:
+        rows = target.shape[0]
+        divisor = _cpp.library.label_weight_sum(target.data_ptr(), rows, _cpp.address(class_weight), ignore_index)
+    elif normalizer is not None:
+        divisor = float(normalizer)
+    gradients = _empty_gradients(input, weight, bias, (needs_input, needs_weight, needs_bias))
+    dinput, dweight, dbias = gradients
+    loss_sum = _run_chunks(*options, scale=divide(1.0, divisor), dinput=dinput, dweight=dweight, dbias=dbias)
+    loss = torch.tensor(divide(loss_sum, divisor), dtype=torch.float32)
+    for i, like in ((1, weight), (2, bias)):
+        gradient = gradients[i]
+        if gradient is not None and like is not None:
+            gradients[i] = gradient.to(_gradient_dtype(like.dtype))
+    first, second, third = (torch.empty(0) if gradient is None else gradient for gradient in gradients)
+    return loss, first, second, third
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = input.new_empty(target.shape if reduction == NONE else (), dtype=torch.float32)
+    gradients = [
+        like.new_empty(like.shape, dtype=_gradient_dtype(like.dtype))
+        if needed and like is not None and reduction != NONE
+        else input.new_empty(0, dtype=torch.float32)
+        for needed, like in ((needs_input, input), (needs_weight, weight), (needs_bias, bias))
+    ]
+    return loss, gradients[0], gradients[1], gradients[2]
+
+
+def _setup_context(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    input, weight, target, bias, class_weight = args[:5]
+    ctx.ignore_index, ctx.label_smoothing, ctx.reduction = args[7:10]
+    ctx.needs, ctx.backend = args[10:13], args[13]
+    ctx.dtypes = [None if like is None else like.dtype for like in (input, weight, bias)]
+    ctx.gradients = None
+    if ctx.reduction == NONE:
+        ctx.save_for_backward(input, weight, target, bias, class_weight)
+    elif must_be_traced(outputs[0]):
+        ctx.save_for_backward(*outputs[1:])
+    else:
+        # Held here, not among the saved tensors, they are provably ours alone: no hook has seen them. Backward may
+        # then hand them out or scale them in place. `target` is saved so that autograd notices a second backward.
+        ctx.save_for_backward(target)
+        ctx.gradients = outputs[1:]
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    if ctx.reduction == NONE:
+        gradients = _linear_cross_entropy_backward(
+            dloss, *saved, ctx.ignore_index, ctx.label_smoothing, *ctx.needs, ctx.backend
+        )
+    elif ctx.gradients is None:
+        gradients = tuple(gradient * dloss for gradient in saved)
+    else:
+        gradients = ctx.gradients
+        once = not torch._C._autograd._get_current_graph_task_keep_graph()
+        if once:
+            ctx.gradients = ()
+        factor = float(dloss)
+        if once and factor != 1.0:
+            gradients = tuple(gradient.mul_(factor) for gradient in gradients)
+        elif not once:
+            gradients = tuple(gradient * factor for gradient in gradients)
+    dinput, dweight, dbias = (
+        gradient.to(dtype) if needed and dtype is not None else None
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
+    )
+    return dinput, dweight, None, dbias, *(None,) * 9
+
+
+def _cpp_backward(
+    dlosses: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dinput, dweight, dbias = _empty_gradients(input, weight, bias, (needs_input, needs_weight, needs_bias))
+    _run_chunks(
+        *(
+            input,
+            weight,
+            target.contiguous(),
+            as_float32(bias),
+            as_float32(class_weight),
+            ignore_index,
+            label_smoothing,
+        ),
+        scale=1.0,
+        row_scale=dlosses.float().contiguous(),
+        dinput=dinput,
+        dweight=dweight,
+        dbias=dbias,
+    )
+    first, second, third = (
+        torch.empty(0) if gradient is None or like is None else gradient.to(like.dtype)
+        for gradient, like in ((dinput, input), (dweight, weight), (dbias, bias))
+    )
+    return first, second, third
+
+
+def _fake_backward(
+    dlosses: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (
+        like.new_empty(like.shape) if needed and like is not None else input.new_empty(0, dtype=torch.float32)
+        for needed, like in ((needs_input, input), (needs_weight, weight), (needs_bias, bias))
+    )
+    return first, second, third
+
+
+_linear_cross_entropy = Operator(
+    "linear_cross_entropy",
+    "(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, Tensor? normalizer,"
+    " float divisor, int ignore_index, float label_smoothing, int reduction, bool needs_input, bool needs_weight,"
+    " bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    {"cpp": _cpp_linear_cross_entropy},
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_linear_cross_entropy_backward = Operator(
+    "linear_cross_entropy_backward",
+    "(Tensor dlosses, Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight,"
+    " int ignore_index, float label_smoothing, bool needs_input, bool needs_weight, bool needs_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    {"cpp": _cpp_backward},
+    _fake_backward,
+    public=3,
+)
+_backends.declare("linear_cross_entropy", *_linear_cross_entropy.implementations)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target) without the logits in memory.
+
+    input: (..., C), float32, bfloat16 or float16 (float64 on the torch backend); under autocast cast as linear would.
+    linear_weight: (V, C), linear_bias: (V,); in the input's dtype or float32. Weight gradients add up in float32.
+    target: integers (...), each from 0 to V - 1 or ignore_index; rows with ignore_index cost no product.
+    weight: (V,), rescales each class; a constant, it gets no gradient.
+    label_smoothing: share of the target spread evenly over the classes.
+    reduction: "mean" (divides by the sum of the labels' weights; NaN if no row counts), "sum" or "none".
+    normalizer: number or tensor with one element, a constant, by which the sum is divided in place of the mean's
+        divisor; not with reduction "none".
+    backend: "cpp", "torch" or None to choose.
+
+    Returns a scalar, or (...) for reduction "none"; in the input's dtype, under autocast in float32.
+
+    Raises IndexError for a label out of range (on CPU, naming its position), TypeError and ValueError for arguments
+    that do not fit together, all before anything is computed, and RuntimeError for a backend that cannot run here.
+    """
+    _check(input, linear_weight, target, linear_bias, weight, label_smoothing, reduction, normalizer)
+    device = input.device
+    chosen = _backends.choose("linear_cross_entropy", input, backend)
+    autocast = torch.is_autocast_enabled(device.type)
+    if autocast and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device.type))
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach().reshape(())
+    shape, labels = target.shape, (target if target.dtype == torch.int64 else target.long())
+    if device.type == "cpu" and (len(shape) != 1 or chosen == "torch") and not must_be_traced(labels):
+        check_range("linear_cross_entropy", "target", labels, linear_weight.shape[0], ignore_index)
+    if input.dim() != 2:
+        input, labels = input.reshape(-1, input.shape[-1]), labels.reshape(-1)
+    if chosen == "torch":
+        loss = linear_cross_entropy_reference(
+            input, linear_weight, labels, linear_bias, weight, ignore_index, label_smoothing, reduction, normalizer
+        )
+    else:
+        code, divisor, divisor_tensor = REDUCTIONS[reduction], 1.0, None
+        if isinstance(normalizer, Tensor):
+            code, divisor_tensor = SUM, normalizer
+        elif normalizer is not None:
+            code, divisor = SUM, float(normalizer)
+        grad = torch.is_grad_enabled()
+        loss = _linear_cross_entropy(
+            *(input, linear_weight, labels, linear_bias, weight, divisor_tensor, divisor),
+            *(ignore_index, label_smoothing, code, grad and input.requires_grad, grad and linear_weight.requires_grad),
+            *(grad and linear_bias is not None and linear_bias.requires_grad, chosen),
+        )
+    if loss.dtype != input.dtype and not autocast:
+        loss = loss.to(input.dtype)
+    return loss.view(shape) if reduction == "none" else loss
+
+
+def _check(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> None:
+    name = "linear_cross_entropy"
+    check_floating(name, "input", input)
+    check_floating(name, "linear_weight", linear_weight)
+    if input.dim() == 0 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{name}: input is {describe(input)} and linear_weight is {describe(linear_weight)};"
+            " expected shapes (..., C) and (V, C)."
+        )
+    device, classes = input.device, linear_weight.shape[0]
+    check_device(name, "linear_weight", linear_weight, device, "input")
+    if linear_bias is not None:
+        check_floating(name, "linear_bias", linear_bias)
+        check_shape(name, "linear_bias", linear_bias, (classes,), "one per class")
+        check_device(name, "linear_bias", linear_bias, device, "input")
+    for what, parameter in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if parameter is not None and parameter.dtype != input.dtype and parameter.dtype != torch.float32:
+            if torch.is_autocast_enabled(device.type):
+                continue
+            raise TypeError(f"{name}: {what} is {describe(parameter)}; expected {input.dtype} like input, or float32.")
+    check_loss_arguments(name, target, input.shape[:-1], classes, device, weight, label_smoothing, reduction)
+    if normalizer is not None:
+        if reduction == "none":
+            raise ValueError(f"{name}: normalizer divides a sum; with reduction 'none' there is none. Leave one out.")
+        if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+            raise ValueError(f"{name}: normalizer is {describe(normalizer)}; expected a number or one element.")
