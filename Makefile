@@ -70,6 +70,7 @@ package: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench build
 	@mkdir -p out
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=out/benchmarks.json
+	$(BIN)/python benchmarks/report.py out/benchmarks.json --out out
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info fasttune/_cpu*.so .mypy_cache .ruff_cache .pytest_cache

@@ -176,12 +176,11 @@ def embedding(
             raise ValueError(f"embedding: padding_idx is {padding_idx}; expected a row of word_weight, {size} in all.")
         padding_idx %= size
     chosen = _backends.choose("embedding", word_weight, backend)
-    function = embedding_sum_reference if chosen == "torch" else _embedding_sum
     args = (
         *(word_ids, word_weight, token_type_ids, token_type_weight, position_ids, position_weight),
         *(padding_idx, sparse_grad),
     )
-    out: Tensor = function(*args) if chosen == "torch" else function(*args, chosen)
+    out: Tensor = embedding_sum_reference(*args) if chosen == "torch" else _embedding_sum(*args, chosen)
     if norm_weight is not None:
         out = layer_norm(out, norm_weight, norm_bias, eps=eps, backend=chosen)
     return dropout(out, dropout_p=dropout_p, row_ids=row_ids, backend=chosen) if dropout_p else out

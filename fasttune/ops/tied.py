@@ -28,7 +28,8 @@ class _Tie(torch.autograd.Function):
         if head is None or lookup is None:
             alone = lookup if head is None else head
             return alone.to_dense() if alone is not None and alone.is_sparse else alone, None
-        holders = (head._use_count(), sys.getrefcount(head), _storage_count(head))
+        handles: int = head._use_count()  # type: ignore[attr-defined]
+        holders = (handles, sys.getrefcount(head), _storage_count(head))
         if ctx.probe is not None:
             ctx.probe.append(holders)
         elif holders == _holders_of_an_unshared_gradient() and not head.is_sparse:

@@ -1,0 +1,60 @@
+"""Extra memory of one side of a workload, measured in a process of its own.
+
+    python benchmarks/memory.py attention-8x512x12x64-float32-dropout0.1 fasttune
+
+prints how many bytes a step held at its peak beyond what was there before it (inputs) and what it hands back (output
+and gradients). Large blocks go back to the system when freed (glibc's thresholds are pinned), and a tiny step of the
+same kind runs first, so that code and thread pools are loaded. Linux only: it reads and resets the process's own peak.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workload import Workload
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(workload: Workload, side: str) -> int:
+    """Extra bytes of one step of this side, in this process."""
+    step = workload.sides[side]()
+    CLEAR.write_text("5")  # the peak starts anew here
+    before = _status_bytes("VmRSS")
+    step()
+    return _status_bytes("VmHWM") - before - workload.kept_bytes
+
+
+def measure_by_name(name: str, side: str) -> int:
+    import op_workloads
+    import torch
+
+    torch.set_num_threads(2)
+    tiny = op_workloads.workloads(quick=True)
+    same_kind = name if name in tiny else next(other for other in tiny if other.split("-")[0] == name.split("-")[0])
+    tiny[same_kind]().sides[side]()()
+    return measure(op_workloads.workloads(quick=False)[name](), side)
+
+
+def extra_bytes(name: str, side: str) -> int | None:
+    """The same in a fresh process; None where the system does not keep the figures."""
+    if not (CLEAR.exists() and os.access(CLEAR, os.W_OK)):
+        return None
+    command = [sys.executable, __file__, name, side]
+    done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    print(measure_by_name(*sys.argv[1:]))
