@@ -114,6 +114,7 @@ class LazyRows(Tensor):
     ids: Tensor
     everything: bool  # ids are 0, 1, 2, ...: all rows in order
     value: Tensor | None
+    viewed: LazyRows | None  # the tensor whose view stock would have returned
 
     @staticmethod
     def of(source: RowSource, lead: Iterable[int]) -> LazyRows:
@@ -131,7 +132,7 @@ class LazyRows(Tensor):
             device=source.device,
             requires_grad=torch.is_grad_enabled(),
         )
-        lazy.source, lazy.ids, lazy.everything, lazy.value = source, ids, everything, None
+        lazy.source, lazy.ids, lazy.everything, lazy.value, lazy.viewed = source, ids, everything, None, None
         return lazy
 
     def with_source(self, source: RowSource) -> LazyRows:
@@ -141,14 +142,35 @@ class LazyRows(Tensor):
     def with_ids(self, ids: Tensor, *, in_order: bool) -> LazyRows:
         """Other rows of the same source; in_order: ids only drops or regroups, without picking."""
         everything = self.everything and in_order and ids.numel() == self.ids.numel()
-        return LazyRows._make(self.source, ids, self.dtype, everything=everything)
+        lazy = LazyRows._make(self.source, ids, self.dtype, everything=everything)
+        lazy.viewed = self
+        return lazy
 
     def materialize(self) -> Tensor:
-        """The values as an ordinary tensor in the autograd graph; computed once."""
-        if self.value is None or (torch.is_grad_enabled() and not self.value.requires_grad):
-            rows = self.source.rows(None) if self.everything else pick_rows(self.source, self.ids.reshape(-1))
-            self.value = rows.view(self.shape).to(self.dtype)
+        """The values as an ordinary tensor in the autograd graph; computed once, whoever asks first."""
+        if self.value is None:
+            with torch.enable_grad():
+                root = self.root()
+                if self.everything and root is not self:
+                    self.value = root.materialize().view(self.shape)
+                elif root.everything and root.value is not None:
+                    rows = root.value.view(-1, root.shape[-1])
+                    self.value = rows.index_select(0, self.ids.reshape(-1)).view(self.shape)
+                else:
+                    rows = self.source.rows(None) if self.everything else pick_rows(self.source, self.ids.reshape(-1))
+                    self.value = rows.view(self.shape).to(self.dtype)
         return self.value
+
+    def root(self) -> LazyRows:
+        """The tensor that stock would have made this one a view of, after any number of steps; else itself."""
+        lazy = self
+        while lazy.viewed is not None:
+            lazy = lazy.viewed
+        return lazy
+
+    def computed(self) -> bool:
+        """Whether values exist, here or in the root. They may have been written to, so from then on they count."""
+        return self.value is not None or self.root().value is not None
 
     @classmethod
     def __torch_function__(
@@ -159,21 +181,27 @@ class LazyRows(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = cls.handlers.get(func)
-        if handler is not None and args and isinstance(args[0], LazyRows):
+        first = args[0] if args else None
+        if handler is not None and isinstance(first, LazyRows) and not first.computed():
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if isinstance(first, LazyRows) and first.viewed is not None and not first.everything and _writes(func):
+            raise RuntimeError(
+                "fasttune: a slice of tensors that are computed on demand (logits in training) was written to. Clone it"
+                " first, or patch with fasttune.patch(model, loss=False, trim=False)."
+            )
         return func(*materialized(args), **materialized(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only from below Python (a C++ extension, a backward hook on a module's input): no gradient could flow.
         raise RuntimeError(
             f"fasttune: a tensor that is computed on demand reached {func} without its values;"
             " fasttune.patch(model, loss=False, trim=False) has such tensors computed always."
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.materialize())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -183,6 +211,11 @@ class LazyRows(Tensor):
         return self.materialize().detach().__reduce_ex__(protocol)
 
     handlers: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def pick_rows(source: RowSource, ids: Tensor) -> Tensor:
@@ -241,7 +274,13 @@ def _view(lazy: LazyRows, *shape: Any) -> Any:
     return lazy.with_ids(lazy.ids.reshape(sizes[:-1]), in_order=True) if keeps_features else NotImplemented
 
 
+def _clone(lazy: LazyRows, **_: Any) -> LazyRows:
+    return LazyRows._make(lazy.source, lazy.ids, lazy.dtype, everything=lazy.everything)
+
+
 def _cast(lazy: LazyRows, dtype: torch.dtype) -> LazyRows:
+    if dtype == lazy.dtype:
+        return lazy
     return LazyRows._make(lazy.source, lazy.ids, dtype, everything=lazy.everything)
 
 
@@ -270,7 +309,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     logits = input.source
-    if not isinstance(logits, LinearRows) or input.value is not None or size_average is not None or reduce is not None:
+    if not isinstance(logits, LinearRows) or size_average is not None or reduce is not None:
         return NotImplemented
     if target.is_floating_point() or target.shape != input.ids.shape or input.dim() != 2:
         return NotImplemented
@@ -281,6 +320,7 @@ def _cross_entropy(
         else:  # compute the rows that carry a label, and no others
             labelled = (target != ignore_index).nonzero().squeeze(1)
             hidden, labels = pick_rows(logits.source, input.ids[labelled]), target[labelled]
+    with _loss_precision(logits, input.dtype, hidden.dtype):
         loss = ops.linear_cross_entropy(
             hidden,
             logits.weight,
@@ -293,7 +333,15 @@ def _cross_entropy(
         )
     if reduction == "none" and labelled is not None:
         loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)
-    return loss.to(input.dtype)
+    return loss
+
+
+def _loss_precision(logits: LinearRows, dtype: torch.dtype, hidden_dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """16-bit logits that were cast to float32 before the loss have a float32 loss; the operation returns that under
+    autocast, which changes nothing else about inputs that are 16-bit already."""
+    if dtype == torch.float32 and hidden_dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(logits.device.type, dtype=hidden_dtype)
+    return logits.same_autocast()
 
 
 LazyRows.handlers = {
@@ -302,8 +350,8 @@ LazyRows.handlers = {
     Tensor.reshape: _view,
     torch.reshape: _view,
     Tensor.contiguous: lambda lazy, **_: lazy,
-    Tensor.clone: lambda lazy, **_: lazy.with_ids(lazy.ids, in_order=True),
-    torch.clone: lambda lazy, **_: lazy.with_ids(lazy.ids, in_order=True),
+    Tensor.clone: _clone,
+    torch.clone: _clone,
     Tensor.to: _to,
     Tensor.float: lambda lazy, **_: _cast(lazy, torch.float32),
     Tensor.half: lambda lazy, **_: _cast(lazy, torch.float16),

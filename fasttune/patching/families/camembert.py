@@ -1,0 +1,23 @@
+"""CamemBERT."""
+
+from transformers.models.camembert import modeling_camembert as stock
+
+from fasttune.patching.families import _bert_like, _roberta_like
+
+
+class CamembertEmbeddings(_roberta_like.SumNormDropout, stock.CamembertEmbeddings): ...
+
+
+class CamembertSelfOutput(_bert_like.DenseDropoutAddNorm, stock.CamembertSelfOutput): ...
+
+
+class CamembertOutput(_bert_like.DenseDropoutAddNorm, stock.CamembertOutput): ...
+
+
+class CamembertIntermediate(_bert_like.DenseGelu, stock.CamembertIntermediate): ...
+
+
+class CamembertLMHead(_roberta_like.LMHead, stock.CamembertLMHead): ...
+
+
+FAMILY = _roberta_like.roberta_like("camembert", stock, globals(), prefix="Camembert")

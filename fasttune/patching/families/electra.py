@@ -1,0 +1,52 @@
+"""ELECTRA: generator and discriminator."""
+
+from transformers.models.electra import modeling_electra as stock
+
+from fasttune.patching.families import _bert_like as shared
+from fasttune.patching.families._activations import why_no_gelu
+from fasttune.patching.rows import (
+    all_rows,
+    first_row,
+    labelled,
+    labelled_next,
+    real_if_labelled,
+    summary_row,
+)
+
+
+class ElectraEmbeddings(shared.SumNormDropout, stock.ElectraEmbeddings): ...
+
+
+class ElectraSelfOutput(shared.DenseDropoutAddNorm, stock.ElectraSelfOutput): ...
+
+
+class ElectraOutput(shared.DenseDropoutAddNorm, stock.ElectraOutput): ...
+
+
+class ElectraIntermediate(shared.DenseGelu, stock.ElectraIntermediate): ...
+
+
+class ElectraGeneratorPredictions(shared.DenseGeluNorm, stock.ElectraGeneratorPredictions):
+    activation_name = "activation"
+
+
+FAMILY = shared.bert_like(
+    "electra",
+    stock,
+    globals(),
+    prefix="Electra",
+    vocabulary="generator_lm_head",
+    transform="ElectraGeneratorPredictions",
+    transform_covers=("LayerNorm", "activation"),
+    transform_unsuited=why_no_gelu("activation"),
+    heads={
+        "ElectraModel": all_rows,
+        "ElectraForMaskedLM": labelled,
+        "ElectraForPreTraining": real_if_labelled,
+        "ElectraForCausalLM": labelled_next,
+        "ElectraForSequenceClassification": first_row,
+        "ElectraForMultipleChoice": summary_row,
+        "ElectraForTokenClassification": labelled,
+        "ElectraForQuestionAnswering": all_rows,
+    },
+)

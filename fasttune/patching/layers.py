@@ -1,0 +1,109 @@
+"""Replacement classes for torch's own modules. Each keeps its stock class's name and forward, and computes with
+fasttune.ops where that is possible for the call at hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttune import ops
+from fasttune.patching.lazy_rows import LazyRows, LinearRows, RowSource, TensorRows
+from fasttune.patching.spec import Replacement
+from fasttune.patching.state import ModulePatch
+
+
+class Patched(nn.Module):
+    """Base of every replacement: `module._fasttune` says how it was patched."""
+
+    _fasttune: ModulePatch
+
+    if TYPE_CHECKING:  # the submodules of the stock class
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class LayerNorm(Patched, nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._fasttune.fused(input):
+            return nn.LayerNorm.forward(self, input)
+        return ops.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=self._fasttune.backend)
+
+
+class Dropout(Patched, nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or not self._fasttune.fused(input):
+            return nn.Dropout.forward(self, input)
+        return ops.dropout(input, dropout_p=self.p, backend=self._fasttune.backend)
+
+
+class Embedding(Patched, nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._fasttune.fused(self.weight):
+            return nn.Embedding.forward(self, input)
+        return ops.embedding(input, self.weight, padding_idx=self.padding_idx, backend=self._fasttune.backend)
+
+
+class Linear(Patched, nn.Linear):
+    """A vocabulary projection that returns logits nobody has computed yet, for the loss to go without them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._defers(input):
+            return nn.Linear.forward(self, input)
+        source: RowSource = input.source if isinstance(input, LazyRows) else TensorRows(input)
+        logits = LinearRows(source, self.weight, self.bias)
+        return input.with_source(logits) if isinstance(input, LazyRows) else LazyRows.of(logits, input.shape[:-1])
+
+    def _defers(self, input: Tensor) -> bool:
+        """In training with gradients, where weight and input are ordinary tensors that will still be there when the
+        logits are read; evaluation, torch.compile, functional calls, sharded weights and backward hooks, which want
+        the logits' gradient, get logits at once."""
+        return (
+            self.training
+            and not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and type(self) is Linear
+            and type(self.weight) is nn.Parameter
+            and (input.requires_grad or self.weight.requires_grad)
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not any(m._backward_hooks or m._backward_pre_hooks for m in (self, *self._fasttune.within))
+        )
+
+
+LAYER_NORMS = (nn.LayerNorm, LayerNorm)
+DROPOUTS = (nn.Dropout, Dropout)
+
+
+def why_no_layer_norm(module: Any) -> str | None:
+    """Why `ops.layer_norm` cannot stand in for this LayerNorm."""
+    if module.weight is None or module.bias is None or len(module.normalized_shape) != 1:
+        return "it has no weight and bias over one dimension"
+    return None
+
+
+def why_no_embedding(module: Any) -> str | None:
+    """Why `ops.embedding` cannot stand in for this Embedding."""
+    if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+        return "it uses max_norm, sparse or scale_grad_by_freq"
+    return None
+
+
+def dropout_probability(module: Any) -> float:
+    return float(module.p) if module.training else 0.0
+
+
+def common_leaves(vocabulary: str) -> tuple[Replacement, ...]:
+    """torch's own modules, wherever a family holds them."""
+    return (
+        Replacement(
+            nn.Linear,
+            Linear,
+            "loss",
+            "linear_cross_entropy",
+            "logits on demand, loss without them",
+            only=(vocabulary,),
+            pays_in_torch=True,
+        ),
+        Replacement(nn.LayerNorm, LayerNorm, "norms", "layer_norm", "LayerNorm", unsuited=why_no_layer_norm),
+    )

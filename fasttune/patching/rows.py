@@ -1,0 +1,178 @@
+"""Which rows of the last hidden state a head reads, known before the first layer runs.
+
+Stock computes a hidden state at padding too, and now and then it matters: extractive question answering normalises over
+all positions, and labels may have been left on padding. So padding is dropped only in calls where nobody reads it. Two
+hooks on the patched model remember the running call; readers (one per head, named in the family's spec) look at it.
+
+Shape legend: mask, rows (B, S) bool; sequences of several choices are flattened into B first, as the models do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttune.patching.state import ModelPatch, patch_of
+
+IGNORED = -100  # the label that every loss in Transformers ignores
+
+
+class _Calls(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+
+_calls = _Calls()
+
+
+def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        _calls.stack.append((module, args, kwargs))
+
+
+def leave(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        while _calls.stack:
+            if _calls.stack.pop()[0] is module:
+                return
+
+
+def watch(model: nn.Module) -> None:
+    """Remembers calls of `model` while they run."""
+    model.register_forward_pre_hook(enter, with_kwargs=True)
+    model.register_forward_hook(leave, always_call=True)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Takes the hooks off again; found by function, since handles do not survive a deep copy."""
+    for hooks, function in ((model._forward_pre_hooks, enter), (model._forward_hooks, leave)):
+        for key in [key for key, hook in hooks.items() if hook is function]:
+            del hooks[key]
+            for extra in (
+                model._forward_pre_hooks_with_kwargs,
+                model._forward_hooks_with_kwargs,
+                model._forward_hooks_always_called,
+            ):
+                extra.pop(key, None)
+
+
+@cache
+def _parameter_names(model_class: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+
+
+def why_padding_is_read(config: Any, mask: Tensor, *, causal: bool) -> str | None:
+    """None if no row at padding reaches the output of the running call of the model with this config; else a reason.
+
+    mask: (B, S) bool, False at padding. Causal rows that see no real token are 0 in stock too and may be read.
+    """
+    if not _calls.stack or getattr(_calls.stack[-1][0], "config", None) is not config:
+        return "the model's forward was called directly"
+    model, args, kwargs = _calls.stack[-1]
+    patch: ModelPatch = patch_of(model)
+    inputs = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
+    reader = _reader(model, patch.settings.family)
+    rows = None if reader is None else reader(inputs, mask, config)
+    if rows is None:
+        return "all rows are read, padding included"
+    read_at_padding = rows & ~mask
+    if causal:
+        read_at_padding &= mask.cumsum(1) > 0
+    return "rows at padding carry labels or are read" if bool(read_at_padding.any()) else None
+
+
+def note_on_running_call(what: str, why: str) -> None:
+    """Counts a call of the running patched model in which `what` stepped aside."""
+    if _calls.stack:
+        patch_of(_calls.stack[-1][0]).settings.aside(what, why)
+
+
+def _reader(model: nn.Module, family_name: str) -> Any:
+    from fasttune.patching.families import family_named
+
+    heads = family_named(family_name).heads
+    return next((heads[base] for base in type(model).__mro__ if base in heads), None)
+
+
+# Readers. Each takes the forward's arguments by name, the mask (B, S) and the config; None means all rows.
+
+
+def all_rows(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """Question answering, and models without a head: whoever gets the hidden states may read any."""
+    return None
+
+
+def first_row(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """Pooled heads read the first token."""
+    return _first(mask)
+
+
+def labelled(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """Masked language modelling, token classification."""
+    labels = inputs.get("labels")
+    return None if labels is None or labels.numel() != mask.numel() else (labels != IGNORED).view_as(mask)
+
+
+def labelled_next(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """Causal language modelling: row i predicts label i + 1."""
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    logits_to_keep = inputs.get("logits_to_keep", 0)
+    plain = isinstance(logits_to_keep, int) and logits_to_keep == 0 and "ignore_index" not in inputs
+    if labels is None or not plain or labels.numel() != mask.numel():
+        return None
+    if shifted is not None:
+        return (shifted != IGNORED).view_as(mask) if shifted.numel() == mask.numel() else None
+    return nn.functional.pad(labels.view_as(mask)[:, 1:] != IGNORED, (0, 1), value=False)
+
+
+def labelled_and_first(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """BERT's pretraining pair: masked language modelling, and the first row for the next sentence."""
+    rows = labelled(inputs, mask, config)
+    return None if rows is None or inputs.get("next_sentence_label") is None else rows | _first(mask)
+
+
+def real_if_labelled(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """ELECTRA's discriminator leaves padding out of its loss by the mask."""
+    return None if inputs.get("labels") is None else mask
+
+
+def summary_row(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """ELECTRA's sequence summary."""
+    return _first(mask) if config.summary_type == "first" else None
+
+
+def last_token(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """GPT-2's classifier: the last token that is not the padding id, or plainly the last."""
+    input_ids = inputs.get("input_ids")
+    if input_ids is None or config.pad_token_id is None:
+        return _row(mask, torch.full((mask.shape[0],), mask.shape[1] - 1, device=mask.device))
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return _row(mask, (places * (input_ids.view_as(mask) != config.pad_token_id)).argmax(-1))
+
+
+def labelled_next_and_choice(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """GPT-2's double heads: labelled rows, and one row per choice."""
+    rows = labelled_next(inputs, mask, config)
+    if rows is None or config.summary_type != "cls_index":
+        return None
+    choice = inputs.get("mc_token_ids")
+    if choice is None:
+        choice = torch.full((mask.shape[0],), mask.shape[1] - 1, device=mask.device)
+    return rows | _row(mask, choice.reshape(-1)) if choice.numel() == mask.shape[0] else None
+
+
+def _first(mask: Tensor) -> Tensor:
+    rows = torch.zeros_like(mask)
+    rows[:, :1] = True
+    return rows
+
+
+def _row(mask: Tensor, index: Tensor) -> Tensor:
+    """One row per sequence, at index (B,)."""
+    return torch.arange(mask.shape[1], device=mask.device) == index[:, None]

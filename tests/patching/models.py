@@ -1,0 +1,210 @@
+"""Tiny models of every supported class, and batches for them."""
+
+import copy
+import inspect
+
+import torch
+import transformers
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    ElectraConfig,
+    GPT2Config,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+VOCABULARY = 101  # no multiple of 8
+PAD = 1
+
+_BERT_LIKE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,  # head dim 16
+    "intermediate_size": 96,
+    "max_position_embeddings": 48,
+    "type_vocab_size": 2,
+    "pad_token_id": PAD,
+    "num_labels": 3,
+}
+_CONFIGS = {
+    "Bert": lambda p: BertConfig(**_BERT_LIKE, hidden_dropout_prob=p, attention_probs_dropout_prob=p),
+    "Roberta": lambda p: RobertaConfig(**_BERT_LIKE, hidden_dropout_prob=p, attention_probs_dropout_prob=p),
+    "XLMRoberta": lambda p: XLMRobertaConfig(**_BERT_LIKE, hidden_dropout_prob=p, attention_probs_dropout_prob=p),
+    "Camembert": lambda p: CamembertConfig(**_BERT_LIKE, hidden_dropout_prob=p, attention_probs_dropout_prob=p),
+    "Electra": lambda p: ElectraConfig(
+        **_BERT_LIKE, embedding_size=32, hidden_dropout_prob=p, attention_probs_dropout_prob=p, summary_last_dropout=p
+    ),
+    "GPT2": lambda p: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=48,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=p,
+        embd_pdrop=p,
+        attn_pdrop=p,
+        summary_first_dropout=p,
+        classifier_dropout=p,
+        pad_token_id=PAD,
+        bos_token_id=2,
+        eos_token_id=3,
+        num_labels=3,
+    ),
+}
+
+GPT2_HEADS = [
+    "GPT2Model",
+    "GPT2LMHeadModel",
+    "GPT2DoubleHeadsModel",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2ForQuestionAnswering",
+]
+BERT_HEADS = [
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertLMHeadModel",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForMultipleChoice",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+]
+RELATIVES = [
+    *(
+        f"{family}{head}"
+        for family in ("Roberta", "XLMRoberta", "Camembert")
+        for head in (
+            "Model",
+            "ForMaskedLM",
+            "ForCausalLM",
+            "ForSequenceClassification",
+            "ForMultipleChoice",
+            "ForTokenClassification",
+            "ForQuestionAnswering",
+        )
+    ),
+    "ElectraModel",
+    "ElectraForMaskedLM",
+    "ElectraForPreTraining",
+    "ElectraForCausalLM",
+    "ElectraForSequenceClassification",
+    "ElectraForMultipleChoice",
+    "ElectraForTokenClassification",
+    "ElectraForQuestionAnswering",
+]
+HEADS = [*GPT2_HEADS, *BERT_HEADS, *RELATIVES]
+
+
+def family_of(head):
+    return next(
+        name for name in ("GPT2", "Bert", "XLMRoberta", "Roberta", "Camembert", "Electra") if head.startswith(name)
+    )
+
+
+def config_of(head, dropout=0.0, **changes):
+    config = _CONFIGS[family_of(head)](dropout)
+    if "ForCausalLM" in head or head == "BertLMHeadModel":
+        config.is_decoder = True
+    if "QuestionAnswering" in head:
+        config.num_labels = 2
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def build(head, dropout=0.0, seed=0, **changes):
+    """A model in training mode whose parameters are all away from their special values (0 and 1)."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, head)(config_of(head, dropout, **changes)).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def batch_of(model, batch=3, length=13, padding=None, seed=1):
+    """Inputs with labels. padding: None, "right" or "left": sequences of different lengths; labels at padding -100."""
+    g = torch.Generator().manual_seed(seed)
+    head = type(model).__name__
+
+    def integers(high, *shape, low=0):
+        return torch.randint(low, high, shape, generator=g)
+
+    ids = integers(VOCABULARY, batch, length, low=4)
+    inputs = {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    if padding:
+        for row in range(1, batch):
+            cut = 1 + (row * 5) % (length - 1)
+            if padding == "right":
+                mask[row, cut:] = 0
+            else:
+                mask[row, : length - cut] = 0
+        ids[mask == 0] = PAD
+        inputs["attention_mask"] = mask
+    names = inspect.signature(type(model).forward).parameters
+    if head.endswith(("LM", "LMHeadModel", "ForPreTraining", "DoubleHeadsModel")):
+        labels = ids.masked_fill(mask == 0, -100)
+        if "Masked" in head or head == "BertForPreTraining":
+            labels = labels.masked_fill(torch.rand(ids.shape, generator=g) < 0.5, -100)
+            labels[0, 0] = 7
+        if head == "ElectraForPreTraining":
+            labels = integers(2, batch, length)
+        inputs["labels"] = labels
+        if "next_sentence_label" in names:
+            inputs["next_sentence_label"] = integers(2, batch)
+    elif "TokenClassification" in head:
+        inputs["labels"] = integers(3, batch, length).masked_fill(mask == 0, -100)
+    elif "SequenceClassification" in head:
+        inputs["labels"] = integers(3, batch)
+    elif "NextSentence" in head:
+        inputs["labels"] = integers(2, batch)
+    elif "QuestionAnswering" in head:
+        inputs["start_positions"], inputs["end_positions"] = integers(length, batch), integers(length, batch)
+    if "MultipleChoice" in head or "DoubleHeads" in head:  # two choices
+        for name in ("input_ids", "attention_mask", "labels"):
+            if name in inputs and inputs[name].dim() == 2:
+                inputs[name] = inputs[name][:, None].repeat(1, 2, 1)
+        if "MultipleChoice" in head:
+            inputs["input_ids"][:, 1] = integers(VOCABULARY, batch, length, low=4)
+            inputs["labels"] = integers(2, batch)
+        else:
+            inputs["mc_token_ids"] = (mask * torch.arange(length)).argmax(-1)[:, None].repeat(1, 2)
+            inputs["mc_labels"] = integers(2, batch)
+    if "token_type_ids" in names and not head.startswith(("Roberta", "XLM", "Camembert")):
+        inputs["token_type_ids"] = integers(2, *inputs["input_ids"].shape)
+    return inputs
+
+
+def loss_of(model, inputs):
+    """The model's loss; for models without one, a fixed function of the hidden states at real tokens."""
+    outputs = model(**inputs)
+    if getattr(outputs, "mc_loss", None) is not None:
+        return outputs.loss + outputs.mc_loss
+    if getattr(outputs, "loss", None) is not None:
+        return outputs.loss
+    hidden = outputs.last_hidden_state
+    weights = torch.linspace(-1, 1, hidden.numel()).view(hidden.shape).to(hidden.dtype)
+    mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2]))
+    loss = (hidden * weights * mask.unsqueeze(-1).to(hidden.dtype)).sum()
+    if getattr(outputs, "pooler_output", None) is not None:
+        loss = loss + outputs.pooler_output.sum()
+    return loss
+
+
+def gradients(model, inputs):
+    """(loss, {name: gradient}) and leaves the model without gradients."""
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(model, inputs)
+    loss.backward()
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), found
+
+
+def copy_in(model, dtype):
+    return copy.deepcopy(model).to(dtype)
