@@ -8,8 +8,8 @@
 #   make clean      removes what the targets above made
 #
 # PYTHON=python3.12 chooses the interpreter of the virtual environment, VENV its folder, MAX_JOBS the compiler
-# processes. PIP_ARGS goes to pip: without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# fetches torch's CPU build (200 MB) instead of its CUDA build (several GB).
+# processes. PIP_ARGS goes to pip: without a GPU, PIP_ARGS="--extra-index-url <torch's CPU index>" fetches torch's CPU
+# build (200 MB) instead of its CUDA build (several GB).
 
 PYTHON ?= python3
 VENV ?= .venv
