@@ -1,8 +1,8 @@
 """Triton's interpreter, made fit to judge a kernel: faithful bfloat16, and checks on every memory access.
 
 Set TRITON_INTERPRET=1 before triton is imported, then call `install()` once. It hooks private functions of Triton, so
-it refuses any version whose hooks nobody has checked. To check a new one, run
-tests/kernels/test_triton_interpreter.py with the version added to CHECKED_VERSIONS and compare the hooked functions' signatures.
+it refuses any version whose hooks nobody has checked. To check a new one, add it to CHECKED_VERSIONS, compare the
+hooked functions' signatures and run tests/kernels/test_triton_interpreter.py.
 
 What it proves: algorithm, masks, indices, rounding, independence of programs. What it cannot: code generation,
 synchronisation inside one program, speed.
