@@ -1,11 +1,22 @@
 """Shared fixtures. Run `pytest` from the checkout; every backend and instruction set this machine has is exercised."""
 
+import os
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fasttune.ops import _cpp
 
 torch.set_num_threads(2)
+# A loaded machine is no reason to fail, and CI draws the same examples every time.
+settings.register_profile(
+    "fasttune",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+settings.load_profile("fasttune")
 
 
 def _isas():
