@@ -17,15 +17,18 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
     return (actual.double() - exact).abs().max().item() if exact.numel() else 0.0
 
 
-def assert_parity(actual: Tensor, stock: Tensor, exact: Tensor, what: str = "value") -> None:
-    """|actual - exact| <= 2 |stock - exact| + 1 ulp of max |exact|, all as maxima over the tensor."""
+def assert_parity(actual: Tensor, stock: Tensor, exact: Tensor, what: str = "value", slack: float = 1.0) -> None:
+    """|actual - exact| <= slack (2 |stock - exact| + 1 ulp of max |exact|), all as maxima over the tensor.
+
+    slack: 1, but for sweeps over random shapes, where now and then stock is right by luck; the caller says what it saw.
+    """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == stock.dtype, f"{what}: dtype {actual.dtype}, expected {stock.dtype}"
     assert torch.isfinite(actual).all() or not torch.isfinite(exact).all(), f"{what}: not finite"
     largest = exact.abs().max().item() if exact.numel() else 0.0
     floor = FLOOR_ULPS * torch.finfo(actual.dtype).eps * largest
     ours, theirs = max_error(actual, exact), max_error(stock, exact)
-    assert ours <= 2 * theirs + floor, f"{what}: error {ours:.3g}, stock {theirs:.3g}, floor {floor:.3g}"
+    assert ours <= slack * (2 * theirs + floor), f"{what}: error {ours:.3g}, stock {theirs:.3g}, floor {floor:.3g}"
 
 
 def run(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
