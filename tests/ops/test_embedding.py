@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from oracle import DTYPES, assert_same_math
+from oracle import DTYPES, SWEEP_SLACK, assert_same_math
 from torch.nn import functional as F
 
 from fasttune import ops
@@ -68,7 +68,9 @@ def test_lookup_alone_sums_repeated_rows(rows, words, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(words, (rows,), generator=generator)
     weight = torch.randn(words, columns, generator=generator)
-    assert_same_math(lambda w: ops.embedding(ids, w), lambda w: F.embedding(ids, w), [weight], ["word"])
+    assert_same_math(
+        lambda w: ops.embedding(ids, w), lambda w: F.embedding(ids, w), [weight], ["word"], slack=SWEEP_SLACK
+    )
 
 
 def test_sparse_gradient_holds_the_rows_that_occur():
