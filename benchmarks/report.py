@@ -97,8 +97,13 @@ def operation_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def overhead_table(records: Sequence[dict[str, Any]]) -> str:
-    rows = [[f"`{record['shape']}`", f"{1e3 * record['median_ms']:.1f} µs"] for record in records]
-    return markdown_table(["forward call on a few numbers", "median"], rows)
+    rows = [
+        [f"`{record['shape']}`", *(f"{record[key]:.0f} µs" for key in ("overhead_us", "kernel_us", "layer_norm_us"))]
+        for record in records
+    ]
+    return markdown_table(
+        ["forward call", "beyond its kernel", "its kernel", "all of `F.layer_norm`, same rounds"], rows
+    )
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -128,7 +133,10 @@ def page(machine: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
         parts += ["## Operations, forward and backward", "![speed-ups](benchmarks-operations.png)"]
         parts.append(operation_table(operations))
     if overhead:
-        parts += ["## Overhead of a call", "Dispatch, checks, autograd and a kernel with next to nothing to do."]
+        parts += [
+            "## Overhead of a call",
+            "Dispatch, checks and autograd, on inputs of a few numbers that require gradients; medians.",
+        ]
         parts.append(overhead_table(overhead))
     return "\n\n".join(parts) + "\n"
 

@@ -216,7 +216,7 @@ def panel(result: dict[str, Any]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bert-steps", type=int, default=50, help="0 leaves BERT out")
-    parser.add_argument("--gpt2-steps", type=int, default=200, help="0 leaves GPT-2 out")
+    parser.add_argument("--gpt2-steps", type=int, default=150, help="0 leaves GPT-2 out")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png and demo.json")
     parser.add_argument("--probe", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)

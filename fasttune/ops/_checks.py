@@ -33,6 +33,9 @@ def check_parameter(operation: str, name: str, tensor: torch.Tensor | None, size
     """A weight or bias (size,) that goes with x (..., size): on x's device, in x's dtype or float32."""
     if tensor is None:
         return
+    if isinstance(tensor, torch.Tensor) and tensor.dtype == x.dtype and tensor.shape == (size,):
+        check_device(operation, name, tensor, x.device, "x")
+        return  # the usual case, in one glance
     check_floating(operation, name, tensor)
     check_shape(operation, name, tensor, (size,), "the last dimension of x")
     check_device(operation, name, tensor, x.device, "x")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+_MAPPED_BYTES = 32 * 2**20  # glibc maps blocks from this size on, whatever it learned about the program
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/dtype.h
 
 library: Any = None  # the module fasttune._cpu
@@ -58,6 +59,18 @@ def address(tensor: torch.Tensor | None) -> int:
 def dtype_code(tensor: torch.Tensor | None) -> int:
     """The number of a tensor's dtype; any for None."""
     return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
+
+
+def empty_large(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty on the CPU, behind huge pages if the block is one that the allocator maps anew at every call.
+
+    A vocabulary-sized gradient is given back at every optimizer.zero_grad() and would fault in page by page at every
+    step: filling 50257 x 768 float32 took 58 ms, 18 ms with huge pages (two 2.8 GHz threads of a virtual machine).
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= _MAPPED_BYTES:
+        library.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 _load()

@@ -92,7 +92,7 @@ def _cpp_backward(
         as_float32(weight),
         dloss.float().contiguous(),
     )
-    dlogits = torch.empty((rows, classes), dtype=logits.dtype)
+    dlogits = _cpp.empty_large((rows, classes), logits.dtype)
     _cpp.library.cross_entropy(
         *(_cpp.DTYPE_CODES[logits.dtype], rows, classes, logits.data_ptr(), logits.stride(0), 0, target.data_ptr()),
         *(_cpp.address(weight), ignore_index, label_smoothing, 0, statistics.data_ptr(), dlogits.data_ptr(), classes),

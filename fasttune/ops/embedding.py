@@ -73,7 +73,7 @@ def _sum_groups(dout: Tensor, groups: tuple[Tensor, Tensor, Tensor], targets: Te
 
 
 def _cpp_gradient(dout: Tensor, ids: Tensor, size: int, padding_idx: int | None) -> Tensor:
-    gradient = torch.zeros((size, dout.shape[-1]), dtype=dout.dtype)
+    gradient = _cpp.empty_large((size, dout.shape[-1]), dout.dtype).zero_()
     groups = _groups(ids, padding_idx)
     _sum_groups(dout.contiguous(), groups, groups[0], gradient)
     return gradient

@@ -37,11 +37,36 @@ def _cpp_dropout_add_layer_norm(
     eps: float,
     keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    out, total, statistics = _fake(x, residual, weight, bias, row_ids, seed, dropout_p, eps, keep_sum)
+    kept = total if keep_sum else None
+    _run_cpp_forward(x, residual, weight, bias, out, kept, statistics, eps, row_ids, seed, dropout_p)
+    return out, total, statistics
+
+
+def _cpp_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    out, statistics = torch.empty_like(x), empty_statistics(x)
+    _run_cpp_forward(x, None, weight, bias, out, None, statistics, eps)
+    return out, statistics
+
+
+def _run_cpp_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    total: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+    row_ids: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> None:
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    out, total, statistics = _fake(x, residual, weight, bias, row_ids, seed, dropout_p, eps, keep_sum)
     _cpp.library.layer_norm(
         _cpp.DTYPE_CODES[out.dtype],
         _cpp.DTYPE_CODES[x.dtype],
@@ -52,7 +77,7 @@ def _cpp_dropout_add_layer_norm(
         _cpp.address(weight),
         _cpp.address(bias),
         out.data_ptr(),
-        total.data_ptr() if keep_sum else 0,
+        _cpp.address(total),
         statistics.data_ptr(),
         statistics.shape[1],
         x.shape[-1],
@@ -61,12 +86,6 @@ def _cpp_dropout_add_layer_norm(
         _cpp.address(seed),
         dropout_p,
     )
-    return out, total, statistics
-
-
-def _cpp_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    out, _, statistics = _cpp_dropout_add_layer_norm(x, None, weight, bias, None, None, 0.0, eps, False)
-    return out, statistics
 
 
 def _cpp_backward(

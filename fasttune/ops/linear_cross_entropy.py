@@ -125,7 +125,7 @@ def _run_chunks(
         weight = weight.to(dtype)  # as autocast does; sums over blocks of classes would be rounded to bfloat16
     want_gradient = dinput is not None or dweight is not None or dbias is not None
     most = chunk_rows(rows, classes, dtype.itemsize + (0.0 if dbias is None else 4 / _bias_group()))
-    buffer = torch.empty((most, classes), dtype=dtype)
+    buffer = _cpp.empty_large((most, classes), dtype)
     loss = torch.empty(most, dtype=torch.float32)
     groups = -(-most // _bias_group())
     partial = None if dbias is None else torch.empty((groups, classes), dtype=torch.float32)
@@ -173,7 +173,7 @@ def _empty_gradients(
     """What _run_chunks fills, None where nobody asks: dinput, dweight, dbias."""
     return [
         torch.empty(input.shape, dtype=_gradient_dtype(input.dtype)) if needs[0] else None,
-        torch.empty(weight.shape, dtype=torch.float32) if needs[1] else None,
+        _cpp.empty_large(weight.shape, torch.float32) if needs[1] else None,
         torch.empty(weight.shape[:1], dtype=torch.float32) if needs[2] else None,
     ]
 

@@ -7,6 +7,7 @@
 #include "cpu/bindings/bindings.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/runtime/memory.h"
 
 namespace py = pybind11;
 
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("active_isa", [] { return kIsaNames[static_cast<int>(active_isa())]; });
   module.def("select_isa", &select_isa);
   module.def("num_threads", &num_threads);
+  module.def("prefer_huge_pages", &prefer_huge_pages);
   module.def("set_thread_pool", [](Address parallel_for, Address get_num_threads) {
     set_thread_pool(pointer<void>(parallel_for), pointer<void>(get_num_threads));
   });
