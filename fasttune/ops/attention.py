@@ -300,10 +300,14 @@ def _cpp_chosen_forward(
     cu_seqlens_q: Tensor,
     positions_q: Tensor,
     max_seqlen: int | None,
-    *rest: Any,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    chosen = {"cu_seqlens_q": cu_seqlens_q, "positions_q": positions_q}
-    return _cpp_forward(query, key, value, cu_seqlens, max_seqlen, *rest, **chosen)
+    return _cpp_forward(
+        query, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p, cu_seqlens_q, positions_q
+    )
 
 
 def _cpp_chosen_backward(

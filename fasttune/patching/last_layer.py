@@ -101,7 +101,7 @@ def on_demand(layer: Any, hidden: Tensor, plan: Plan | None, shape: tuple[int, i
 
     hidden: (1, T, E) if the plan is across, else (B, S, E) without padding. shape: (B, S). cache: what to update.
     """
-    if not is_last(layer) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_last(layer):
         return None
     call = running_call()
     if call is None or not patch_of(call.model).settings.options.trim or not may_trim(call):
@@ -130,6 +130,10 @@ def _why_not(layer: Any, hidden: Tensor, plan: Plan | None, shape: tuple[int, in
     """None if the last layer can wait for readers, "" if there is nothing to gain, else a reason to report."""
     call = running_call()
     assert call is not None
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if not runs_fused("attention_chosen_queries", kind, dtype, layer._fasttune.backend):
+        return f"no fused attention of chosen queries for {str(dtype).removeprefix('torch.')} on {kind}"
     if plan is not None and not plan.across and not plan.packed.is_full:
         return "padding stays between layers"
     if plan is None or plan.packed.is_full:
@@ -145,10 +149,6 @@ def _why_not(layer: Any, hidden: Tensor, plan: Plan | None, shape: tuple[int, in
         return "gradient checkpointing"
     if torch.is_inference_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "inference mode or a functional transform"
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    if not runs_fused("attention_chosen_queries", kind, dtype, layer._fasttune.backend):
-        return f"no fused attention of chosen queries for {str(dtype).removeprefix('torch.')} on {kind}"
     if any(type(p) is not nn.Parameter for p in layer.parameters()):
         return "sharded parameters"
     return layer.why_not_trimmed() or why_hooked(layer, ("transformers.utils.output_capturing",)) or _why_around(layer)

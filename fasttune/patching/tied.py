@@ -15,10 +15,12 @@ def lookup_view(table: nn.Module) -> Tensor | None:
     and will take the other; else None. Parameters that are no plain leaves (sharded, functional) are left alone."""
     from fasttune.patching.layers import Linear
 
-    call, weight = rows.running_call(), table.weight
-    if call is None or not torch.is_grad_enabled() or type(weight) is not nn.Parameter or not weight.requires_grad:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    call, weight = rows.running_call(), table.weight
+    if call is None or type(weight) is not nn.Parameter or not weight.requires_grad:
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     if call.tied is None:
         output = getattr(call.model, "get_output_embeddings", lambda: None)()
@@ -32,5 +34,5 @@ def lookup_view(table: nn.Module) -> Tensor | None:
 
 def head_view(weight: Tensor) -> Tensor:
     """What the vocabulary projection multiplies by: the weight itself, unless the lookup left an alias for it."""
-    call = rows.running_call()
+    call = None if torch.compiler.is_compiling() else rows.running_call()
     return call.tied[2] if call is not None and call.tied is not None and call.tied[0] is weight else weight

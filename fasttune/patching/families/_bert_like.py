@@ -94,23 +94,20 @@ class PackedLayer(Patched):
     ) -> Tensor:
         plan = plan_of(attention_mask)
         shape = (hidden_states.shape[0], hidden_states.shape[1]) if plan is None else plan.packed.shape
-        across = plan is not None and plan.across
-        if plan is not None and across:
+        if plan is not None and plan.across:
             hidden_states = entering(self, hidden_states, plan)
         if (attention_mask is None or plan is not None) and encoder_hidden_states is None and past_key_values is None:
             rows = on_demand(self, hidden_states, plan, shape, None)
             if rows is not None:
                 return rows
-        with rows_numbered(plan.packed.indices if plan is not None and across else None):
-            out: Tensor = super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        return leaving(self, out, plan) if plan is not None and across else out
+        args = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
+        out: Tensor
+        if plan is None or not plan.across:
+            out = super().forward(*args, **kwargs)
+            return out
+        with rows_numbered(plan.packed.indices):
+            out = super().forward(*args, **kwargs)
+        return leaving(self, out, plan)
 
     @property
     def causal(self) -> bool:
@@ -199,6 +196,8 @@ def few_rows(
     module: Patched, hidden_states: Tensor, function: Callable[[Any, Tensor], Tensor], norm: nn.LayerNorm
 ) -> Tensor:
     """function(module, hidden_states), ended by norm; in training as rows on demand: a loss reads the labelled ones."""
+    if torch.compiler.is_compiling():
+        return function(module, hidden_states)
     watched = why_hooked(module) is not None  # somebody looks inside: stock shows all rows there
     if isinstance(hidden_states, LazyRows) and not hidden_states.computed() and not watched:
         return mapped(hidden_states, module, function, norm.weight.shape[0])
