@@ -27,9 +27,13 @@ struct AttentionArgs {
   int64_t sequences, heads, head_dim;
   int64_t queries, keys;   // of every sequence, when dense
   const int64_t* offsets;  // packed: (N + 1,) first row of each sequence, shared by q, k and v; or null
-  bool causal;             // query i sees keys j <= i + K - Q
-  float scale;             // of the scores
-  DropoutSpec dropout;     // on the attention weights
+  // Packed, with queries of some positions only: (N + 1,) first query of each sequence, and each query's
+  // position in its sequence, rising; or both null.
+  const int64_t* query_offsets;
+  const int32_t* positions;
+  bool causal;          // query i sees keys j <= i + K - Q, or j <= positions[i]
+  float scale;          // of the scores
+  DropoutSpec dropout;  // on the attention weights
   HeadRows query, key, value, out;
   float* lse;                           // log-sum-exp of the scores: dense (N, H, Q), packed (H, rows)
   HeadRows dout, dquery, dkey, dvalue;  // backward only; a null gradient is not computed
@@ -37,25 +41,41 @@ struct AttentionArgs {
 
 // Where one sequence lies.
 struct SequenceRange {
-  int64_t index;      // which sequence: also its coordinate in the dropout generator
-  int64_t first_row;  // its first row in packed tensors, 0 in dense ones
+  int64_t index;                   // which sequence: also its coordinate in the dropout generator
+  int64_t first_query, first_key;  // its first rows in packed tensors, 0 in dense ones
   int64_t queries, keys;
+  const int32_t* positions;  // of its queries, or null: 0, 1, 2, ...
 };
 
 inline SequenceRange sequence_range(const AttentionArgs& args, int64_t index) {
-  if (!args.offsets) return {index, 0, args.queries, args.keys};
+  if (!args.offsets) return {index, 0, 0, args.queries, args.keys, nullptr};
   const int64_t first = args.offsets[index], length = args.offsets[index + 1] - first;
-  return {index, first, length, length};
+  if (!args.query_offsets) return {index, first, first, length, length, nullptr};
+  const int64_t query = args.query_offsets[index];
+  return {index, query, first, args.query_offsets[index + 1] - query, length, args.positions + query};
+}
+
+// How many keys causality lets a query see; at most 0 means none.
+inline int64_t causal_reach(const SequenceRange& sequence, int64_t query) {
+  return 1 + (sequence.positions ? sequence.positions[query] : query + sequence.keys - sequence.queries);
 }
 
 template <class T>
-T* head_row(const HeadRows& rows, const SequenceRange& sequence, int64_t head, int64_t row) {
-  return static_cast<T*>(rows.data) + sequence.index * rows.sequence + (sequence.first_row + row) * rows.row +
-         head * rows.head;
+T* head_row(const HeadRows& rows, const SequenceRange& sequence, int64_t row, int64_t head) {
+  return static_cast<T*>(rows.data) + sequence.index * rows.sequence + row * rows.row + head * rows.head;
+}
+template <class T>
+T* query_row(const HeadRows& rows, const SequenceRange& sequence, int64_t head, int64_t query) {
+  return head_row<T>(rows, sequence, sequence.first_query + query, head);
+}
+template <class T>
+T* key_row(const HeadRows& rows, const SequenceRange& sequence, int64_t head, int64_t key) {
+  return head_row<T>(rows, sequence, sequence.first_key + key, head);
 }
 
 inline float* lse_row(const AttentionArgs& args, const SequenceRange& sequence, int64_t head) {
-  if (args.offsets) return args.lse + head * args.offsets[args.sequences] + sequence.first_row;
+  const int64_t* offsets = args.query_offsets ? args.query_offsets : args.offsets;
+  if (offsets) return args.lse + head * offsets[args.sequences] + sequence.first_query;
   return args.lse + (sequence.index * args.heads + head) * args.queries;
 }
 

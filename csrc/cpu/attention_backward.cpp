@@ -56,7 +56,8 @@ struct WeightTile {
   const BackwardScratch& s;
   const DropoutSpec& dropout;
   const float *key_t, *value_t;
-  int64_t ld, head_dim, keys, diagonal, dropout_column;
+  int64_t ld, head_dim, dropout_column;
+  const Visible& visible;
 
   template <int R, int V>
   void tile(int64_t row, int64_t column) const {
@@ -64,7 +65,7 @@ struct WeightTile {
     multiply<false>(s.query + row * ld, ld, key_t + column, kBlock, 0, head_dim, &sum);
     float* weights = s.weights + row * kBlock + column;
     float* dscores = s.dscores + row * kBlock + column;
-    const int64_t all_visible = std::min(keys, row + 1 + diagonal);  // what the first row sees, all rows see
+    const int64_t all_visible = visible.of(row);  // what the first row sees, all rows see
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F lse = set1(s.lse[row + r]);
@@ -73,10 +74,10 @@ struct WeightTile {
     }
     if (column + V * kLanes > all_visible)
       for (int r = 0; r < R; ++r) {
-        const int64_t visible = std::min(keys, row + r + 1 + diagonal);
+        const int64_t seen = visible.of(row + r);
         for (int v = 0; v < V; ++v) {
           float* weight = weights + r * kBlock + v * kLanes;
-          store(weight, keep(lanes_below(visible, column + v * kLanes), load(weight)));
+          store(weight, keep(lanes_below(seen, column + v * kLanes), load(weight)));
         }
       }
     sum = zero_tile<R, V>();
@@ -107,24 +108,26 @@ struct RowRange {
 
 // Rows of a query block that see just one key, the first of this block: their weight is 1 whatever the score,
 // so dS is exactly 0 and not the difference of two roundings of dP.
-inline RowRange constant_rows(const SequenceRange& sequence, bool causal, int64_t position, int64_t diagonal,
-                              int64_t rows) {
+inline RowRange constant_rows(const SequenceRange& sequence, bool causal, int64_t position,
+                              const Visible& visible, int64_t rows) {
   if (position > 0) return {0, 0};
   if (sequence.keys == 1) return {0, rows};
-  if (causal && diagonal <= 0 && -diagonal < rows) return {-diagonal, 1 - diagonal};
-  return {0, 0};
+  if (!causal) return {0, 0};
+  if (visible.positions) return {0, visible.positions[0] == 0 ? 1 : 0};  // they rise
+  const int64_t row = -visible.diagonal;
+  return row >= 0 && row < rows ? RowRange{row, row + 1} : RowRange{0, 0};
 }
 
 // One block of queries against one block of keys.
 inline void backward_block(const AttentionArgs& args, const BackwardScratch& s, int64_t rows, int64_t key,
-                           int64_t keys, int64_t dropout_column, int64_t diagonal, RowRange constant) {
+                           const Visible& visible, int64_t dropout_column, RowRange constant) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
-  const WeightTile weights{
-      s,        args.dropout,  s.key_t + key * head_dim, s.value_t + key * head_dim, ld, head_dim, keys,
-      diagonal, dropout_column};
+  const int64_t keys = visible.keys, diagonal = visible.diagonal;
+  const WeightTile weights{s,  args.dropout, s.key_t + key * head_dim, s.value_t + key * head_dim,
+                           ld, head_dim,     dropout_column,           visible};
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - row);
-    const int64_t widest = std::max<int64_t>(0, std::min(keys, row + count + diagonal));
+    const int64_t widest = visible.of_rows(row, count);
     const int64_t vectors = (widest + kLanes - 1) / kLanes;
     for (int64_t v = 0; v < vectors; v += kTileVectors)
       run_tile(weights, count, std::min<int64_t>(kTileVectors, vectors - v), row, v * kLanes);
@@ -149,12 +152,12 @@ template <class T>
 void load_queries(const AttentionArgs& args, const BackwardTask& task, int64_t first, int64_t rows,
                   const BackwardScratch& s) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
-  pack_rows(head_row<const T>(args.query, task.sequence, task.head, first), args.query.row, rows, head_dim,
+  pack_rows(query_row<const T>(args.query, task.sequence, task.head, first), args.query.row, rows, head_dim,
             args.scale, s.query, ld);
-  pack_rows(head_row<const T>(args.dout, task.sequence, task.head, first), args.dout.row, rows, head_dim,
+  pack_rows(query_row<const T>(args.dout, task.sequence, task.head, first), args.dout.row, rows, head_dim,
             1.0f, s.dout, ld);
   const float* lse = lse_row(args, task.sequence, task.head) + first;
-  const T* out = head_row<const T>(args.out, task.sequence, task.head, first);
+  const T* out = query_row<const T>(args.out, task.sequence, task.head, first);
   for (int64_t row = 0; row < rows; ++row, out += args.out.row) {
     F delta = zero();
     int64_t d = 0;
@@ -174,8 +177,7 @@ void store_dquery(const AttentionArgs& args, const BackwardTask& task, int64_t f
                   const BackwardScratch& s) {
   const int64_t ld = round_up(args.head_dim, kLanes);
   const int64_t next_key = task.first_key + task.keys,
-                reach = args.causal ? first + rows + task.sequence.keys - task.sequence.queries
-                                    : task.sequence.keys;
+                reach = args.causal ? causal_reach(task.sequence, first + rows - 1) : task.sequence.keys;
   const bool last = next_key >= std::min(task.sequence.keys, reach);
   float* partial = task.partial ? task.partial + first * ld : nullptr;
   if (task.first_key > 0) {
@@ -186,7 +188,7 @@ void store_dquery(const AttentionArgs& args, const BackwardTask& task, int64_t f
   if (!last) std::memcpy(partial, s.dquery, sizeof(float) * rows * ld);
   if (last && args.dquery.data)
     unpack_rows(s.dquery, ld, rows, args.head_dim, args.scale,
-                head_row<T>(args.dquery, task.sequence, task.head, first), args.dquery.row);
+                query_row<T>(args.dquery, task.sequence, task.head, first), args.dquery.row);
   task.finished->store(first, std::memory_order_release);
 }
 
@@ -194,43 +196,44 @@ template <class T>
 void backward_segment(const AttentionArgs& args, const BackwardTask& task, const BackwardScratch& s) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes), keys = task.keys;
   const SequenceRange& sequence = task.sequence;
-  const int64_t offset = sequence.keys - sequence.queries;  // of the causal diagonal
   const uint32_t sequence_head = static_cast<uint32_t>(sequence.index * args.heads + task.head);
   for (int64_t key = 0; key < keys; key += kBlock) {
     const int64_t count = std::min(kBlock, keys - key);
-    const T* from = head_row<const T>(args.key, sequence, task.head, task.first_key + key);
+    const T* from = key_row<const T>(args.key, sequence, task.head, task.first_key + key);
     pack_rows(from, args.key.row, count, head_dim, 1.0f, s.key + key * ld, ld);
     pack_transposed(from, args.key.row, count, head_dim, s.key_t + key * head_dim);
-    pack_transposed(head_row<const T>(args.value, sequence, task.head, task.first_key + key), args.value.row,
+    pack_transposed(key_row<const T>(args.value, sequence, task.head, task.first_key + key), args.value.row,
                     count, head_dim, s.value_t + key * head_dim);
   }
   std::memset(s.dkey, 0, sizeof(float) * keys * ld);
   std::memset(s.dvalue, 0, sizeof(float) * keys * ld);
 
   // Backwards, so that under causality, where later segments meet fewer queries, all segments start together.
-  for (int64_t first = (sequence.queries - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
+  for (int64_t first = (sequence.queries + kBlock - 1) / kBlock * kBlock - kBlock; first >= 0;
+       first -= kBlock) {
     const int64_t rows = std::min(kBlock, sequence.queries - first);
-    if (task.first_key > 0 && args.causal && first + rows + offset <= task.first_key)
+    if (task.first_key > 0 && args.causal && causal_reach(sequence, first + rows - 1) <= task.first_key)
       break;  // sees none of it
     load_queries<T>(args, task, first, rows, s);
     for (int64_t key = 0; key < keys; key += kBlock) {
       const int64_t position = task.first_key + key;
-      const int64_t diagonal = args.causal ? first + offset - position : kUnmasked;
-      if (rows + diagonal <= 0) break;
+      if (args.causal && causal_reach(sequence, first + rows - 1) <= position) break;
       if (args.dropout.active() && position % kDropoutBlock == 0)
-        draw_kept_bits(args.dropout, first, rows, position, sequence_head, s.kept);
-      backward_block(args, s, rows, key, std::min(kBlock, keys - key), position % kDropoutBlock, diagonal,
-                     constant_rows(sequence, args.causal, position, diagonal, rows));
+        draw_kept_bits(args.dropout, sequence, first, rows, position, sequence_head, s.kept);
+      const Visible visible =
+          visible_keys(sequence, args.causal, first, position, std::min(kBlock, keys - key));
+      backward_block(args, s, rows, key, visible, position % kDropoutBlock,
+                     constant_rows(sequence, args.causal, position, visible, rows));
     }
     store_dquery<T>(args, task, first, rows, s);
   }
 
   if (args.dkey.data)
-    unpack_rows(s.dkey, ld, keys, head_dim, 1.0f, head_row<T>(args.dkey, sequence, task.head, task.first_key),
+    unpack_rows(s.dkey, ld, keys, head_dim, 1.0f, key_row<T>(args.dkey, sequence, task.head, task.first_key),
                 args.dkey.row);
   if (args.dvalue.data)
     unpack_rows(s.dvalue, ld, keys, head_dim, args.dropout.scale,
-                head_row<T>(args.dvalue, sequence, task.head, task.first_key), args.dvalue.row);
+                key_row<T>(args.dvalue, sequence, task.head, task.first_key), args.dvalue.row);
 }
 
 void attention_backward(const AttentionArgs& args) {

@@ -92,29 +92,29 @@ inline void softmax_row(float* scores, int64_t vectors, int64_t visible, float* 
 
 // One block of queries against one block of keys.
 inline void forward_block(const AttentionArgs& args, const ForwardScratch& s, int64_t chunk_row, int64_t rows,
-                          int64_t segment_key, int64_t keys, int64_t dropout_column, int64_t diagonal) {
+                          int64_t segment_key, const Visible& visible, int64_t dropout_column) {
   const int64_t ld = round_up(args.head_dim, kLanes);
   const ScoreTile scores{s.query + chunk_row * ld, ld, args.head_dim, s.key_t + segment_key * args.head_dim,
                          s.weights};
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - row);
-    const int64_t widest = std::min(keys, row + count + diagonal);
-    if (widest <= 0) continue;
+    const int64_t widest = visible.of_rows(row, count);
+    if (widest == 0) continue;
     const int64_t vectors = (widest + kLanes - 1) / kLanes;
     for (int64_t v = 0; v < vectors; v += kTileVectors)
       run_tile(scores, count, std::min<int64_t>(kTileVectors, vectors - v), row, v * kLanes);
     for (int64_t r = row; r < row + count; ++r) {
       float* weights = s.weights + r * kBlock;
-      const int64_t i = chunk_row + r, visible = std::max<int64_t>(0, std::min(keys, r + 1 + diagonal));
-      softmax_row(weights, vectors, visible, s.reference + i, s.sum + i * kLanes, s.out + i * ld, ld);
+      const int64_t i = chunk_row + r;
+      softmax_row(weights, vectors, visible.of(r), s.reference + i, s.sum + i * kLanes, s.out + i * ld, ld);
       if (args.dropout.active())
         for (int64_t v = 0; v < vectors; ++v)
           store(weights + v * kLanes,
                 keep(s.kept->lanes(r, dropout_column + v * kLanes), load(weights + v * kLanes)));
     }
   }
-  Accumulate<false>{s.out + chunk_row * ld,     ld, s.weights, kBlock,
-                    s.value + segment_key * ld, ld, keys,      diagonal}
+  Accumulate<false>{s.out + chunk_row * ld,     ld, s.weights,    kBlock,
+                    s.value + segment_key * ld, ld, visible.keys, visible.diagonal}
       .run(rows, ld);
 }
 
@@ -122,32 +122,32 @@ template <class T>
 void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int64_t head, int64_t first,
                    int64_t count, int64_t segment, const ForwardScratch& s) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
-  const int64_t offset = sequence.keys - sequence.queries;  // of the causal diagonal
   const uint32_t sequence_head = static_cast<uint32_t>(sequence.index * args.heads + head);
-  pack_rows(head_row<const T>(args.query, sequence, head, first), args.query.row, count, head_dim, args.scale,
-            s.query, ld);
+  pack_rows(query_row<const T>(args.query, sequence, head, first), args.query.row, count, head_dim,
+            args.scale, s.query, ld);
   std::memset(s.out, 0, sizeof(float) * count * ld);
   std::memset(s.sum, 0, sizeof(float) * count * kLanes);
   // Low enough for every real score to raise it, finite so that hidden scores have weight exp(-inf) = 0.
   std::fill_n(s.reference, count, std::numeric_limits<float>::lowest());
 
-  const int64_t reach = args.causal ? std::min(sequence.keys, first + count + offset) : sequence.keys;
+  const int64_t reach =
+      args.causal ? std::min(sequence.keys, causal_reach(sequence, first + count - 1)) : sequence.keys;
   for (int64_t start = 0; start < reach; start += segment) {
     const int64_t end = std::min(reach, start + segment);
     for (int64_t key = start; key < end; key += kBlock)
-      pack_transposed(head_row<const T>(args.key, sequence, head, key), args.key.row,
+      pack_transposed(key_row<const T>(args.key, sequence, head, key), args.key.row,
                       std::min(kBlock, sequence.keys - key), head_dim, s.key_t + (key - start) * head_dim);
-    pack_rows(head_row<const T>(args.value, sequence, head, start), args.value.row, end - start, head_dim,
+    pack_rows(key_row<const T>(args.value, sequence, head, start), args.value.row, end - start, head_dim,
               1.0f, s.value, ld);
     for (int64_t row = 0; row < count; row += kBlock) {
       const int64_t rows = std::min(kBlock, count - row);
       for (int64_t key = start; key < end; key += kBlock) {
-        const int64_t diagonal = args.causal ? first + row + offset - key : kUnmasked;
-        if (rows + diagonal <= 0) break;
+        if (args.causal && causal_reach(sequence, first + row + rows - 1) <= key) break;
         if (args.dropout.active() && key % kDropoutBlock == 0)
-          draw_kept_bits(args.dropout, first + row, rows, key, sequence_head, s.kept);
-        forward_block(args, s, row, rows, key - start, std::min(kBlock, end - key), key % kDropoutBlock,
-                      diagonal);
+          draw_kept_bits(args.dropout, sequence, first + row, rows, key, sequence_head, s.kept);
+        const Visible visible =
+            visible_keys(sequence, args.causal, first + row, key, std::min(kBlock, end - key));
+        forward_block(args, s, row, rows, key - start, visible, key % kDropoutBlock);
       }
     }
   }
@@ -159,8 +159,8 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
     const float factor = total == 0.0f           ? 0.0f
                          : args.dropout.active() ? args.dropout.scale / total
                                                  : 1.0f / total;
-    unpack_rows(s.out + row * ld, ld, 1, head_dim, factor, head_row<T>(args.out, sequence, head, first + row),
-                args.out.row);
+    unpack_rows(s.out + row * ld, ld, 1, head_dim, factor,
+                query_row<T>(args.out, sequence, head, first + row), args.out.row);
   }
 }
 

@@ -14,10 +14,12 @@ from fasttune.ops._checks import check_device, check_floating, check_shape, desc
 from fasttune.ops._operator import Operator
 from fasttune.ops._random import check_probability, draw_seed
 from fasttune.ops._reference.attention import attention as attention_reference
+from fasttune.ops._reference.attention import attention_of_chosen_queries as attention_of_chosen_queries_reference
 
 # Shape legend: B sequences, S queries and K keys of each, H heads, D head dimension; packed: T rows of N sequences.
 # query, out (B, S, H, D), key, value (B, K, H, D), lse (B, H, S) float32; packed (T, H, D), lse (H, T).
-# qkv (B, S, 3, H, D) or (T, 3, H, D); cu_seqlens (N + 1,); seed (1,).
+# qkv (B, S, 3, H, D) or (T, 3, H, D); cu_seqlens (N + 1,); seed (1,). Queries of some positions only: R rows,
+# query, out (R, H, D), lse (H, R), cu_seqlens_q (N + 1,), positions_q (R,) int32.
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the kernels; other head sizes run on the torch backend
 
@@ -47,24 +49,55 @@ def _empty_lse(query: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=query.device)
 
 
-def check_offsets(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> None:
+def check_offsets(cu_seqlens: Tensor, rows: int, max_seqlen: int | None, name: str = "cu_seqlens") -> None:
     """Values of cu_seqlens on CPU, before they are used as offsets. Raises ValueError."""
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != rows:
         raise ValueError(
-            f"attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; expected 0 to {rows}, the rows of query."
+            f"attention: {name} runs from {offsets[0]} to {offsets[-1]}; expected 0 to {rows}, the rows of"
+            f" {'key' if name == 'cu_seqlens' else 'query'}."
         )
     lengths = list(map(operator.sub, offsets[1:], offsets))
     if min(lengths, default=0) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(
-            f"attention: cu_seqlens falls from {offsets[at]} to {offsets[at + 1]} at position {at + 1};"
+            f"attention: {name} falls from {offsets[at]} to {offsets[at + 1]} at position {at + 1};"
             " expected offsets that never decrease."
         )
     if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(
             f"attention: max_seqlen is {max_seqlen}, but cu_seqlens holds a sequence of length {max(lengths)}."
         )
+
+
+def check_positions(positions_q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Values of positions_q and cu_seqlens_q on CPU, before they are used. Raises ValueError."""
+    assert cu_seqlens_q is not None
+    assert cu_seqlens is not None
+    check_offsets(cu_seqlens_q, positions_q.shape[0], None, "cu_seqlens_q")
+    counts = cu_seqlens_q.diff()
+    lengths = torch.repeat_interleave(cu_seqlens.diff(), counts)
+    outside = (positions_q < 0) | (positions_q >= lengths)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"attention: positions_q is {int(positions_q[at])} at row {at}, whose sequence has {int(lengths[at])} keys;"
+            " expected a position in it, counted from 0."
+        )
+    owner = torch.repeat_interleave(counts)
+    stalls = (positions_q.diff() <= 0) & (owner.diff() == 0)
+    if bool(stalls.any()):
+        at = int(stalls.nonzero()[0]) + 1
+        raise ValueError(
+            f"attention: positions_q goes from {int(positions_q[at - 1])} to {int(positions_q[at])} at row {at};"
+            " expected positions that rise within a sequence."
+        )
+
+
+def _offsets(cu_seqlens: Tensor | None, cu_seqlens_q: Tensor | None, positions_q: Tensor | None) -> list[Tensor | None]:
+    """As the library reads them: int64, int64, int32."""
+    wide = [None if part is None else part.to(torch.int64).contiguous() for part in (cu_seqlens, cu_seqlens_q)]
+    return [*wide, None if positions_q is None else positions_q.to(torch.int32).contiguous()]
 
 
 def _cpp_forward(
@@ -77,11 +110,15 @@ def _cpp_forward(
     causal: bool,
     scale: float,
     dropout_p: float,
+    cu_seqlens_q: Tensor | None = None,
+    positions_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     if cu_seqlens is not None:
-        check_offsets(cu_seqlens, query.shape[0], max_seqlen)
-        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+        check_offsets(cu_seqlens, key.shape[0], max_seqlen)
+    if positions_q is not None:
+        check_positions(positions_q, cu_seqlens_q, cu_seqlens)
+    offsets = _offsets(cu_seqlens, cu_seqlens_q, positions_q)
     out = torch.empty(query.shape, dtype=query.dtype)
     lse = _empty_lse(query)
     _cpp.library.attention_forward(
@@ -92,7 +129,7 @@ def _cpp_forward(
         _rows(value),
         _rows(out),
         lse.data_ptr(),
-        _cpp.address(cu_seqlens),
+        [_cpp.address(part) for part in offsets],
         causal,
         scale,
         _cpp.address(seed),
@@ -110,10 +147,12 @@ def _run_cpp_backward(
     causal: bool,
     scale: float,
     dropout_p: float,
+    cu_seqlens_q: Tensor | None = None,
+    positions_q: Tensor | None = None,
 ) -> None:
     query, key, value, out, lse = tensors
     query, key, value, dout = _unit_stride(query), _unit_stride(key), _unit_stride(value), _unit_stride(dout)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    offsets = _offsets(cu_seqlens, cu_seqlens_q, positions_q)
     _cpp.library.attention_backward(
         _cpp.DTYPE_CODES[query.dtype],
         _sizes(query, key, cu_seqlens),
@@ -124,7 +163,7 @@ def _run_cpp_backward(
         lse.data_ptr(),
         _rows(dout),
         *(_NO_ROWS if gradient is None else _rows(gradient) for gradient in gradients),
-        _cpp.address(cu_seqlens),
+        [_cpp.address(part) for part in offsets],
         causal,
         scale,
         _cpp.address(seed),
@@ -253,6 +292,79 @@ _attention_packed_qkv = Operator(
 )
 
 
+def _cpp_chosen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    positions_q: Tensor,
+    max_seqlen: int | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    return _cpp_forward(
+        query, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p, cu_seqlens_q, positions_q
+    )
+
+
+def _cpp_chosen_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    positions_q: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *options, needed = rest
+    gradients = _fake_backward(dout, query, key, value, needed)
+    wanted = tuple(dx if need else None for dx, need in zip(gradients, needed, strict=True))
+    tensors = (query, key, value, out, lse)
+    chosen = {"cu_seqlens_q": cu_seqlens_q, "positions_q": positions_q}
+    _run_cpp_backward(dout, tensors, wanted, cu_seqlens, *options, **chosen)  # type: ignore[arg-type]
+    return gradients
+
+
+def _setup_chosen_context(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    *tensors, cu_seqlens, cu_seqlens_q, positions_q, _, seed, causal, scale, dropout_p, backend = args
+    ctx.save_for_backward(*tensors, *outputs, cu_seqlens, cu_seqlens_q, positions_q, seed)
+    ctx.options = (causal, scale, dropout_p)
+    ctx.backend = backend
+
+
+def _chosen_backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    gradients = _attention_chosen_backward(dout, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
+    return (*(dx if need else None for dx, need in zip(gradients, needed, strict=True)), *(None,) * 8)
+
+
+_attention_chosen_backward = Operator(
+    "attention_chosen_queries_backward",
+    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens,"
+    " Tensor cu_seqlens_q, Tensor positions_q, Tensor? seed, bool causal, float scale, float dropout_p,"
+    " bool[] needed) -> (Tensor, Tensor, Tensor)",
+    {"cpp": _cpp_chosen_backward},
+    _fake_backward,
+    public=3,
+)
+_attention_chosen = Operator(
+    "attention_chosen_queries",
+    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor cu_seqlens_q, Tensor positions_q,"
+    " int? max_seqlen, Tensor? seed, bool causal, float scale, float dropout_p) -> (Tensor, Tensor)",
+    {"cpp": _cpp_chosen_forward},
+    _fake_forward,
+    setup_context=_setup_chosen_context,
+    backward=_chosen_backward,
+)
+_backends.declare("attention_chosen_queries", *_attention_chosen.implementations)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -263,6 +375,8 @@ def attention(
     dropout_p: float = 0.0,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    positions_q: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(scale · query · keyᵀ) · value per sequence and head, without a score matrix in memory.
@@ -275,6 +389,10 @@ def attention(
         (position of the query, sequence · H + head, position of the key).
     cu_seqlens: int32 or int64 (N + 1,), first row of each sequence and T at the end: 0, ..., T. Sequences may be empty.
     max_seqlen: length of the longest packed sequence, if known; saves the torch backend from computing it.
+    cu_seqlens_q, positions_q: queries of some positions only, against all keys. query is then (R, H, D); cu_seqlens_q
+        (N + 1,) holds the first query of each sequence, positions_q int32 or int64 (R,) each query's position in its
+        sequence, rising, counted from 0. Such a row is what it would be among all: causal and dropout go by position.
+        "cpp" and "torch" have it.
     backend: "cpp", "torch" or None to choose. The kernels take head dimensions 16 to 128; None picks torch for others.
 
     Returns a contiguous tensor of query's shape. A query that sees no key gives 0 and passes no gradient. Backward
@@ -289,6 +407,15 @@ def attention(
     check_floating("attention", "value", value)
     _check_layout("query", query, cu_seqlens, "(B, S, H, D)", "(T, H, D)", 4)
     shape = query.shape
+    if (cu_seqlens_q is None) != (positions_q is None) or (positions_q is not None and cu_seqlens is None):
+        raise ValueError(
+            "attention: cu_seqlens_q and positions_q choose queries of packed sequences; expected both, with"
+            " cu_seqlens, or neither."
+        )
+    if positions_q is not None:
+        assert cu_seqlens_q is not None
+        _check_chosen(query, cu_seqlens, cu_seqlens_q, positions_q)
+        shape = torch.Size((key.shape[0], *shape[1:]))
     if key.shape != shape:
         expected = shape if cu_seqlens is not None else (shape[0], key.shape[1] if key.dim() == 4 else "K", *shape[2:])
         check_shape("attention", "key", key, expected, "batch, heads and head dimension like query")  # type: ignore[arg-type]
@@ -299,7 +426,17 @@ def attention(
     if key.device != query.device or value.device != query.device:
         check_device("attention", "key", key, query.device, "query")
         check_device("attention", "value", value, query.device, "query")
-    scale, seed, chosen = _check_options(query, causal, scale, dropout_p, cu_seqlens, max_seqlen, backend)
+    operation = "attention" if positions_q is None else "attention_chosen_queries"
+    scale, seed, chosen = _check_options(key, causal, scale, dropout_p, cu_seqlens, max_seqlen, backend, operation)
+    if positions_q is not None:
+        assert cu_seqlens is not None
+        assert cu_seqlens_q is not None
+        args = (query, key, value, cu_seqlens, cu_seqlens_q, positions_q, max_seqlen, seed, causal, scale, dropout_p)
+        if chosen != "torch":
+            return _attention_chosen(*args, chosen)
+        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_positions(positions_q, cu_seqlens_q, cu_seqlens)
+        return attention_of_chosen_queries_reference(*args)
     if chosen == "torch":
         return attention_reference(query, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
     return _attention(query, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p, chosen)
@@ -344,6 +481,16 @@ def _check_layout(
         raise ValueError(f"attention: {name} is {describe(x)}; expected {packed}, because cu_seqlens was given.")
 
 
+def _check_chosen(query: Tensor, cu_seqlens: Tensor | None, cu_seqlens_q: Tensor, positions_q: Tensor) -> None:
+    assert cu_seqlens is not None
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("positions_q", positions_q)):
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"attention: {name} is {describe(x)}; expected int32 or int64.")
+        check_device("attention", name, x, query.device, "query")
+    check_shape("attention", "cu_seqlens_q", cu_seqlens_q, cu_seqlens.shape, "like cu_seqlens")
+    check_shape("attention", "positions_q", positions_q, query.shape[:1], "one per query")
+
+
 def _check_options(
     query: Tensor,
     causal: bool,
@@ -352,6 +499,7 @@ def _check_options(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     backend: str | None,
+    operation: str = "attention",
 ) -> tuple[float, Tensor | None, str]:
     """The scale, a seed if there is dropout, and the backend."""
     check_probability("attention", dropout_p)
@@ -364,7 +512,7 @@ def _check_options(
     elif max_seqlen is not None:
         raise ValueError(f"attention: max_seqlen is {max_seqlen} without cu_seqlens; it describes packed sequences.")
     head_dim = query.shape[-1]
-    chosen = _backends.choose("attention", query, backend)
+    chosen = _backends.choose(operation, query, backend)
     if chosen != "torch" and not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         if (backend or os.environ.get("FASTTUNE_BACKEND") or "auto") != "auto":
             raise ValueError(

@@ -37,6 +37,9 @@ class _Tie(torch.autograd.Function):
                 lookup = lookup.coalesce()
                 return head.index_add_(0, lookup.indices()[0], lookup.values().to(head.dtype)), None
             return head.add_(lookup), None
+        if lookup.is_sparse and not head.is_sparse:
+            lookup = lookup.coalesce()
+            return head.index_add(0, lookup.indices()[0], lookup.values().to(head.dtype)), None
         return head + lookup, None
 
 

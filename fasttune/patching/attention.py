@@ -1,8 +1,8 @@
 """The attention and mask functions that a patched model's layers call through Transformers' registries.
 
-The mask function answers None (nothing is masked), the 2-D mask (B, S) where padding can be dropped, or what the stock
-mask function builds: with a cache, packed position ids, a prefix, anything unusual. The attention function runs
-`ops.attention` for the first two and stock SDPA for the rest.
+The mask function answers None (nothing is masked), a plan (plan.py) in the shape of a 2-D mask (B, S) where padding can
+be dropped or several sequences lie in a row, or what the stock mask function builds: with a cache, a prefix, anything
+unusual. The attention function runs `ops.attention` for the first two and stock SDPA for the rest.
 
 Two names are registered: a model keeps `fasttune` where it had `sdpa`, and `fasttune_eager` where it had `eager`, whose
 attention weights can be asked for with output_attentions; such calls take the eager path.
@@ -14,7 +14,6 @@ and value (B, H, K, D), and expects (B, S, H, D).
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +24,10 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.output_capturing import _active_collector
 
 from fasttune import ops
-from fasttune.ops.packing import PackedBatch
-from fasttune.patching.rows import note_on_running_call, why_padding_is_read
+from fasttune.patching import plan as plans
+from fasttune.patching.plan import Plan, plan_of
+from fasttune.patching.rows import call_of, note_on_running_call, why_padding_is_read
+from fasttune.patching.stack import why_not_across
 from fasttune.patching.state import ModulePatch, patch_of, runs_fused
 
 OVER_SDPA, OVER_EAGER = "fasttune", "fasttune_eager"
@@ -42,14 +43,6 @@ def attentions_wanted() -> bool:
     return bool(collected) and ("attentions" in collected or "cross_attentions" in collected)
 
 
-@dataclass(frozen=True)
-class Padding:
-    """What the mask function learned about a 2-D mask; travels with the tensor to every layer."""
-
-    packed: PackedBatch
-    causal: bool
-
-
 def mask(
     batch_size: int,
     q_length: int,
@@ -61,23 +54,24 @@ def mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """As Transformers' `sdpa_mask`, but may also return a 2-D mask (B, S), True at real tokens."""
+    """As Transformers' `sdpa_mask`, but may also return a plan (B, S)."""
     config = kwargs.get("config")
     eager = getattr(config, "_attn_implementation", None) == OVER_EAGER and attentions_wanted()
     causal = mask_function is causal_mask_function
     plain = (causal or mask_function is bidirectional_mask_function) and q_length == kv_length and kv_offset == 0
-    if plain and local_size is None and not eager and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if attention_mask is None or bool(attention_mask.all()):
+    if local_size is None and not eager and not torch.compiler.is_compiling():
+        planned, everything = None, attention_mask is None or bool(attention_mask.all())
+        if attention_mask is None and q_length == kv_length:
+            one_way = mask_function is not bidirectional_mask_function
+            planned = _plan_of_sequences(config, batch_size, q_length, causal=one_way)
+        elif (
+            plain and attention_mask is not None and not everything and attention_mask.shape == (batch_size, kv_length)
+        ):
+            planned = _plan_of_padding(config, attention_mask, kwargs.get("dtype", torch.float32), causal=causal)
+        if planned is not None:
+            return planned
+        if plain and everything and torch.is_grad_enabled():
             return None
-        # A decoder's bidirectional mask speaks of the encoder's tokens: its queries are not padded by it.
-        of_queries = causal or not getattr(config, "is_decoder", False)
-        if of_queries and attention_mask.shape == (batch_size, kv_length):
-            why = why_padding_is_read(config, attention_mask, causal=causal)
-            if why is None:
-                tagged = attention_mask.clone()
-                tagged._fasttune = Padding(PackedBatch.from_mask(tagged), causal)  # type: ignore[attr-defined]
-                return tagged
-            note_on_running_call("attention", f"padding kept: {why}")
     return (eager_mask if eager else sdpa_mask)(
         batch_size=batch_size,
         q_length=q_length,
@@ -89,6 +83,41 @@ def mask(
         local_size=local_size,
         **kwargs,
     )
+
+
+def _plan_of_sequences(config: Any, batch: int, length: int, *, causal: bool) -> Tensor | None:
+    """Of sequences that the user packed into rows, which no token of another may see."""
+    call = call_of(config)
+    if call is None or not patch_of(call.model).settings.options.packing:
+        return None
+    packed = plans.packed_by_user(call.inputs, batch, length)
+    return None if packed is None else plans.sequence_plan(packed, causal=causal)
+
+
+def _plan_of_padding(config: Any, mask: Tensor, dtype: torch.dtype, *, causal: bool) -> Tensor | None:
+    """Of a padded batch whose padding nobody reads."""
+    # A decoder's bidirectional mask speaks of the encoder's tokens: its queries are not padded by it.
+    if not causal and getattr(config, "is_decoder", False):
+        return None
+    why = why_padding_is_read(config, mask, causal=causal)
+    if why is not None:
+        if torch.is_grad_enabled():
+            note_on_running_call("attention", f"padding kept: {why}")
+        return None
+    call = call_of(config)
+    assert call is not None
+    device = mask.device.type
+    why = why_padding_is_read(config, mask, causal=False)  # without exception: rows at padding are not there at all
+    why = why or why_not_across(
+        call, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    )
+    if why is None and not causal and call.inputs.get("encoder_hidden_states") is not None:
+        why = "encoder_hidden_states given"
+    if why is not None:
+        note_on_running_call("packing", f"between layers: {why}")
+        if not torch.is_grad_enabled():
+            return None
+    return plans.padding_plan(mask, causal=causal, across=why is None)
 
 
 def attention(
@@ -117,9 +146,10 @@ def attention(
         return _dense_or_packed(ops.attention, parts, attention_mask, causal, options), None
     if patch is not None and why:
         patch.aside(why)
-    if attention_mask is not None and attention_mask.dim() == 2:
+    plan = plan_of(attention_mask)
+    if plan is not None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        attention_mask = _as_4d(attention_mask, query.shape[2], causal and not is_cross_attention(module))
+        attention_mask = _as_4d(plan, attention_mask, query.shape[2], causal and not is_cross_attention(module))
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -143,20 +173,23 @@ def attention_of_qkv(
 def _dense_or_packed(
     operation: Any, parts: tuple[Tensor, ...], mask: Tensor | None, causal: bool, options: dict[str, Any]
 ) -> Tensor:
-    """operation(*parts), parts (B, S, ...); with a mask (B, S) on the real tokens alone, zeros at padding."""
-    if mask is None:
+    """operation(*parts), parts (B, S, ...), or (1, T, ...) where hidden states are packed; with a plan sequence by
+    sequence on the real tokens alone, zeros at padding."""
+    plan = plan_of(mask)
+    if plan is None:
         return operation(*parts, causal=causal, **options)
-    padding = getattr(mask, "_fasttune", None)  # gone if somebody copied the mask
-    if padding is None:
-        padding = Padding(PackedBatch.from_mask(mask), causal)
-    packed: PackedBatch = padding.packed
-    out = operation(
-        *(ops.pack(part, packed)[0] for part in parts),
-        causal=padding.causal,
-        cu_seqlens=packed.cu_seqlens,
-        max_seqlen=packed.max_seqlen,
+    packed = plan.packed
+    options = {
+        "causal": causal if plan.causal is None else plan.causal,
+        "cu_seqlens": packed.cu_seqlens,
+        "max_seqlen": packed.max_seqlen,
         **options,
-    )
+    }
+    if plan.across:
+        return operation(*(part[0] for part in parts), **options).unsqueeze(0)
+    if packed.is_full:
+        return operation(*(part.flatten(0, 1) for part in parts), **options).unflatten(0, packed.shape)
+    out = operation(*(ops.pack(part, packed)[0] for part in parts), **options)
     return ops.unpack(out, packed)
 
 
@@ -194,12 +227,12 @@ def is_cross_attention(module: nn.Module) -> bool:
     return bool(getattr(module, "is_cross_attention", False)) or type(module).__name__.endswith("CrossAttention")
 
 
-def _as_4d(mask: Tensor, queries: int, causal: bool) -> Tensor:
-    """The stock mask (B, 1, S, K) that a 2-D mask of keys stands for."""
-    keys_B11K = mask.bool()[:, None, None, :]
-    if not causal:
-        return keys_B11K.expand(-1, -1, queries, -1)
-    return keys_B11K & torch.ones(queries, mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+def _as_4d(plan: Plan, mask: Tensor | None, queries: int, causal: bool) -> Tensor:
+    """The stock mask (B, 1, S, K) that a plan stands for; mask is the tensor that carries it."""
+    assert mask is not None
+    if plan.across or queries == mask.shape[1]:
+        return plans.as_4d(plan, causal=causal)
+    return mask.bool()[:, None, None, :].expand(-1, -1, queries, -1)  # of an encoder's tokens
 
 
 def _eager(module: nn.Module) -> Any:

@@ -113,7 +113,7 @@ def supported_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Family]]:
 def why_left_alone(name: str, module: nn.Module, rule: Replacement, options: Options) -> str | None:
     """Why a module that a family's rule speaks of keeps its class; None if it is to be replaced."""
     if not options.wants(rule.group):
-        return f"{rule.group}=False"
+        return ", ".join(f"{option}=False" for option in rule.group.split(" or "))
     if type(module) not in (rule.stock, rule.by):
         return f"its class is {type(module).__module__}.{type(module).__name__}, which may compute something else"
     if "forward" in module.__dict__:
@@ -148,7 +148,7 @@ def _check_backend(family: Family, options: Options) -> None:
     """An explicit request never falls back."""
     if options.requested_backend is None:
         return
-    operations = {rule.operation for rule in family.replacements if options.wants(rule.group)}
+    operations = {rule.operation for rule in family.replacements if rule.operation and options.wants(rule.group)}
     for operation in sorted(operations | ({"attention"} if options.attention else set())):
         reason = _backends.why_not(operation, options.requested_backend)
         if reason is not None:
@@ -161,10 +161,14 @@ def _patch_part(part: nn.Module, family: Family, options: Options) -> None:
         rule = family.replacement(name, module)
         if rule is not None and why_left_alone(name, module, rule, options) is None:
             module.__class__ = rule.by
-            within = tuple(_around(part, name)) if rule.group == "loss" else ()
+            within = tuple(_around(part, name)) if rule.group == "loss" or rule.lazy else ()
             setattr(module, ATTRIBUTE, ModulePatch(settings, rule.operation, rule.does, within))
         elif isinstance(module, family.attentions):
             setattr(module, ATTRIBUTE, ModulePatch(settings, "attention", "attention"))
+    layers = list(family.layers(part))
+    for place, layer in enumerate(layers):
+        if patch_of(layer) is not None:
+            patch_of(layer).place = place, len(layers)
     swap = None
     if why_attention_left_alone(part, options) is None:
         swap = _swap_config(part)

@@ -3,15 +3,17 @@ fasttune.ops where that is possible for the call at hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fasttune import ops
-from fasttune.patching.lazy_rows import LazyRows, LinearRows, RowSource, TensorRows
+from fasttune.patching.lazy_rows import LazyRows, LinearRows, MappedRows, RowSource, TensorRows
 from fasttune.patching.spec import Replacement
 from fasttune.patching.state import ModulePatch
+from fasttune.patching.tied import head_view, lookup_view
 
 
 class Patched(nn.Module):
@@ -26,7 +28,9 @@ class Patched(nn.Module):
 
 class LayerNorm(Patched, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        if not self._fasttune.fused(input):
+        if isinstance(input, LazyRows) and not input.computed():
+            return mapped(input, self, LayerNorm.forward, self.normalized_shape[0])
+        if isinstance(input, LazyRows) or not self._fasttune.fused(input):
             return nn.LayerNorm.forward(self, input)
         return ops.layer_norm(input, self.weight, self.bias, eps=self.eps, backend=self._fasttune.backend)
 
@@ -35,6 +39,8 @@ class Dropout(Patched, nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or not self._fasttune.fused(input):
             return nn.Dropout.forward(self, input)
+        if isinstance(input, LazyRows):
+            input = input.materialize()
         return ops.dropout(input, dropout_p=self.p, backend=self._fasttune.backend)
 
 
@@ -42,7 +48,14 @@ class Embedding(Patched, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         if not self._fasttune.fused(self.weight):
             return nn.Embedding.forward(self, input)
-        return ops.embedding(input, self.weight, padding_idx=self.padding_idx, backend=self._fasttune.backend)
+        tied = lookup_view(self)
+        return ops.embedding(
+            input,
+            self.weight if tied is None else tied,
+            padding_idx=self.padding_idx,
+            sparse_grad=tied is not None,
+            backend=self._fasttune.backend,
+        )
 
 
 class Linear(Patched, nn.Linear):
@@ -52,7 +65,7 @@ class Linear(Patched, nn.Linear):
         if not self._defers(input):
             return nn.Linear.forward(self, input)
         source: RowSource = input.source if isinstance(input, LazyRows) else TensorRows(input)
-        logits = LinearRows(source, self.weight, self.bias)
+        logits = LinearRows(source, head_view(self.weight), self.bias)
         return input.with_source(logits) if isinstance(input, LazyRows) else LazyRows.of(logits, input.shape[:-1])
 
     def _defers(self, input: Tensor) -> bool:
@@ -60,15 +73,31 @@ class Linear(Patched, nn.Linear):
         logits are read; evaluation, torch.compile, functional calls, sharded weights and backward hooks, which want
         the logits' gradient, get logits at once."""
         return (
-            self.training
-            and not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and type(self) is Linear
+            type(self) is Linear
             and type(self.weight) is nn.Parameter
             and (input.requires_grad or self.weight.requires_grad)
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and not any(m._backward_hooks or m._backward_pre_hooks for m in (self, *self._fasttune.within))
+            and may_defer(self)
         )
+
+
+def may_defer(module: Patched) -> bool:
+    """Whether a module of a head may return rows that nobody has computed yet."""
+    return (
+        module.training
+        and not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not any(m._backward_hooks or m._backward_pre_hooks for m in (module, *module._fasttune.within))
+    )
+
+
+def mapped(lazy: LazyRows, module: nn.Module, function: Callable[[Any, Tensor], Tensor], features: int) -> LazyRows:
+    """function(module, rows) of lazy rows, as lazy rows."""
+    dtype = lazy.source.dtype
+    if torch.is_autocast_enabled(lazy.device.type):  # autocast decides: ask it
+        with torch.no_grad():
+            dtype = function(module, torch.empty(0, lazy.shape[-1], dtype=dtype, device=lazy.device)).dtype
+    return lazy.with_source(MappedRows(lazy.source, module, function, features, dtype))
 
 
 LAYER_NORMS = (nn.LayerNorm, LayerNorm)
@@ -93,8 +122,8 @@ def dropout_probability(module: Any) -> float:
     return float(module.p) if module.training else 0.0
 
 
-def common_leaves(vocabulary: str) -> tuple[Replacement, ...]:
-    """torch's own modules, wherever a family holds them."""
+def common_leaves(*heads: str) -> tuple[Replacement, ...]:
+    """torch's own modules, wherever a family holds them. heads: the names of projections of which few rows are read."""
     return (
         Replacement(
             nn.Linear,
@@ -102,7 +131,7 @@ def common_leaves(vocabulary: str) -> tuple[Replacement, ...]:
             "loss",
             "linear_cross_entropy",
             "logits on demand, loss without them",
-            only=(vocabulary,),
+            only=heads,
             pays_in_torch=True,
         ),
         Replacement(nn.LayerNorm, LayerNorm, "norms", "layer_norm", "LayerNorm", unsuited=why_no_layer_norm),

@@ -36,11 +36,12 @@ class RowSource:
         self._parameters = [(p, p._version, p.data_ptr()) for p in parameters if p is not None]
         kind = self.device.type
         self._autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        self._with_gradient = torch.is_grad_enabled()
 
     def rows(self, ids: Tensor | None) -> Tensor:
-        """(len(ids), features) for distinct row numbers, or all rows in order for None."""
+        """(len(ids), features) for row numbers that rise, or all rows in order for None."""
         self.check_unchanged()
-        with self.same_autocast():
+        with self.same_autocast(), torch.set_grad_enabled(self._with_gradient):
             return self._rows(ids)
 
     def _rows(self, ids: Tensor | None) -> Tensor:

@@ -35,7 +35,8 @@ class Options:
             raise ValueError(f"patch: backend is {self.backend!r}; expected one of {expected}.")
 
     def wants(self, group: str) -> bool:
-        return bool(getattr(self, group))
+        """group: one of GROUPS, or "packing or trim", which both need the layers."""
+        return any(bool(getattr(self, name)) for name in group.split(" or "))
 
     @property
     def requested_backend(self) -> str | None:

@@ -92,9 +92,24 @@ def _rows(part: Any, family: Family, patch: ModelPatch) -> list[Row]:
         if stock == "Linear" and runs:
             told.append("logits at once in evaluation and inside torch.compile")
         rows.append(Row(fold(names), len(names), stock, runs, backend, "; ".join(filter(None, [note, *told]))))
-    for option in ("packing", "trim"):
-        note = "not part of this version" if getattr(settings.options, option) else f"{option}=False"
-        rows.append(Row(f"({option})", 1, "", "", "", note))
+    return rows + _skipped_work_rows(part, settings)
+
+
+SKIPPED = {
+    "packing": "padding left out from the first layer to the last",
+    "trim": "last layer for the rows that are read",
+}
+
+
+def _skipped_work_rows(part: Any, settings: Settings) -> list[Row]:
+    """What packing and trim do; both need the patched attention."""
+    rows = []
+    for option, does in SKIPPED.items():
+        left = None if getattr(settings.options, option) else f"{option}=False"
+        if left is None and why_attention_left_alone(part, settings.options) is not None:
+            left = "attention was left alone"
+        told = [f"stepped aside {n} times: {why}" for (what, why), n in settings.asides.items() if what == option]
+        rows.append(Row(f"({option})", 1, "", "" if left else does, "", left or "; ".join(told)))
     return rows
 
 
@@ -116,6 +131,8 @@ def _attention_rows(part: Any, family: Family, settings: Settings, tensor: torch
 
 
 def _backend(operation: str, tensor: torch.Tensor, options: Options) -> str:
+    if not operation:
+        return ""
     return _backends.choose(operation, tensor, options.requested_backend)
 
 

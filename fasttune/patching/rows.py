@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -23,9 +24,25 @@ from fasttune.patching.state import ModelPatch, patch_of
 IGNORED = -100  # the label that every loss in Transformers ignores
 
 
+@dataclass
+class Call:
+    """A running forward of a patched model."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tied: tuple[Tensor, Tensor, Tensor] | None = None  # a weight and its aliases for lookup and head
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """The forward's arguments by name."""
+        names = _parameter_names(type(self.model))  # type: ignore[arg-type]
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
 class _Calls(threading.local):
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        self.stack: list[Call] = []
 
 
 _calls = _Calls()
@@ -33,14 +50,25 @@ _calls = _Calls()
 
 def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
-        _calls.stack.append((module, args, kwargs))
+        _calls.stack.append(Call(module, args, kwargs))
 
 
 def leave(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
         while _calls.stack:
-            if _calls.stack.pop()[0] is module:
+            if _calls.stack.pop().model is module:
                 return
+
+
+def running_call() -> Call | None:
+    """The innermost forward of a patched model that is running in this thread."""
+    return _calls.stack[-1] if _calls.stack else None
+
+
+def call_of(config: Any) -> Call | None:
+    """The running call, if it is one of the model with this config: somebody may call a model inside it directly."""
+    call = running_call()
+    return call if call is not None and getattr(call.model, "config", None) is config else None
 
 
 def watch(model: nn.Module) -> None:
@@ -72,13 +100,10 @@ def why_padding_is_read(config: Any, mask: Tensor, *, causal: bool) -> str | Non
 
     mask: (B, S) bool, False at padding. Causal rows that see no real token are 0 in stock too and may be read.
     """
-    if not _calls.stack or getattr(_calls.stack[-1][0], "config", None) is not config:
+    call = call_of(config)
+    if call is None:
         return "the model's forward was called directly"
-    model, args, kwargs = _calls.stack[-1]
-    patch: ModelPatch = patch_of(model)
-    inputs = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
-    reader = _reader(model, patch.settings.family)
-    rows = None if reader is None else reader(inputs, mask, config)
+    rows = rows_read(call, mask)
     if rows is None:
         return "all rows are read, padding included"
     read_at_padding = rows & ~mask
@@ -87,24 +112,54 @@ def why_padding_is_read(config: Any, mask: Tensor, *, causal: bool) -> str | Non
     return "rows at padding carry labels or are read" if bool(read_at_padding.any()) else None
 
 
+def rows_read(call: Call, mask: Tensor) -> Tensor | None:
+    """Which rows (B, S) of the last hidden state the head of a running call reads; None for all of them."""
+    patch: ModelPatch = patch_of(call.model)
+    reader = _reader(call.model, patch.settings.family)
+    vouched = patch.settings.options.packing is True
+    if reader is None or reader is all_rows or (reader in OF_EVERY_TOKEN and not call.model.training and not vouched):
+        return None
+    rows: Tensor | None = reader(call.inputs, mask, call.model.config)
+    if rows is None and vouched and (reader is for_the_caller or reader in OF_EVERY_TOKEN):
+        return _first(mask) if getattr(call.model, "pooler", None) is not None else torch.zeros_like(mask)
+    return rows
+
+
+def may_trim(call: Call) -> bool:
+    """Whether the head of a running call reads few rows of a hidden state that is computed on demand."""
+    reader = _reader(call.model, patch_of(call.model).settings.family)
+    if reader in (labelled, labelled_next, labelled_and_first, last_token):
+        return call.model.training and torch.is_grad_enabled()  # logits of all rows in evaluation
+    return reader in (first_row, summary_row)
+
+
 def note_on_running_call(what: str, why: str) -> None:
     """Counts a call of the running patched model in which `what` stepped aside."""
-    if _calls.stack:
-        patch_of(_calls.stack[-1][0]).settings.aside(what, why)
+    call = running_call()
+    if call is not None:
+        patch_of(call.model).settings.aside(what, why)
 
 
 def _reader(model: nn.Module, family_name: str) -> Any:
     from fasttune.patching.families import family_named
 
     heads = family_named(family_name).heads
-    return next((heads[base] for base in type(model).__mro__ if base in heads), None)
+    cls: Any = type(model)
+    base: Any = next((base for base in cls.__mro__ if base in heads), None)
+    # A subclass with a forward of its own may read any row.
+    return heads[base] if base is not None and cls.forward is base.forward else None
 
 
 # Readers. Each takes the forward's arguments by name, the mask (B, S) and the config; None means all rows.
 
 
 def all_rows(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
-    """Question answering, and models without a head: whoever gets the hidden states may read any."""
+    """Question answering normalises over all of them."""
+    return None
+
+
+def for_the_caller(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """Models without a head: whoever gets the hidden states may read any; packing=True vouches that nobody does."""
     return None
 
 
@@ -114,9 +169,14 @@ def first_row(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | 
 
 
 def labelled(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
-    """Masked language modelling, token classification."""
+    """Masked language modelling."""
     labels = inputs.get("labels")
     return None if labels is None or labels.numel() != mask.numel() else (labels != IGNORED).view_as(mask)
+
+
+def labelled_tokens(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
+    """Token classification: as `labelled`, but logits are there for all tokens."""
+    return labelled(inputs, mask, config)
 
 
 def labelled_next(inputs: Mapping[str, Any], mask: Tensor, config: Any) -> Tensor | None:
@@ -165,6 +225,17 @@ def labelled_next_and_choice(inputs: Mapping[str, Any], mask: Tensor, config: An
     if choice is None:
         choice = torch.full((mask.shape[0],), mask.shape[1] - 1, device=mask.device)
     return rows | _row(mask, choice.reshape(-1)) if choice.numel() == mask.shape[0] else None
+
+
+# Their logits of every token are handed out in evaluation, padding included; packing=True vouches that nobody looks.
+OF_EVERY_TOKEN = (
+    labelled,
+    labelled_tokens,
+    labelled_next,
+    labelled_and_first,
+    labelled_next_and_choice,
+    real_if_labelled,
+)
 
 
 def _first(mask: Tensor) -> Tensor:

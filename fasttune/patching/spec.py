@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,12 @@ class Replacement:
     stock: type[nn.Module]
     by: type[nn.Module]
     group: str  # the option of `patch` that switches it
-    operation: str  # the operation in fasttune.ops that does its main work
+    operation: str  # the operation in fasttune.ops that does its main work; "" if it only skips work
     does: str  # for the report
     only: tuple[str, ...] = ()  # names of the attribute that holds it; empty: any
     covers: tuple[str, ...] = ()  # children whose work it does itself
     unsuited: Callable[[Any], str | None] = lambda module: None  # why this very module has to stay stock
+    lazy: bool = False  # its output may be a LazyRows
     pays_in_torch: bool = False  # worth it on the torch backend too (work is skipped, not only fused)
 
     def matches(self, name: str, module: nn.Module) -> bool:
@@ -39,6 +40,7 @@ class Family:
     heads: Mapping[type[nn.Module], RowReader]  # the models `patch` accepts
     replacements: tuple[Replacement, ...]
     attentions: tuple[type[nn.Module], ...]  # modules that call the attention function; they are marked only
+    layers: Callable[[Any], Iterable[nn.Module]]  # of a model: its stack of layers, first to last
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         """The first replacement that speaks of this module."""

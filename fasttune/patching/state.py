@@ -38,6 +38,7 @@ class ModulePatch:
     operation: str
     does: str  # as in the report
     within: tuple[nn.Module, ...] = ()  # the modules around a head, whose backward hooks want its output's gradient
+    place: tuple[int, int] | None = None  # of a layer: which one of how many
 
     def __post_init__(self) -> None:
         self.backend = self.settings.options.requested_backend

@@ -127,7 +127,8 @@ def build(head, dropout=0.0, seed=0, **changes):
 
 
 def batch_of(model, batch=3, length=13, padding=None, seed=1):
-    """Inputs with labels. padding: None, "right" or "left": sequences of different lengths; labels at padding -100."""
+    """Inputs with labels. padding: None, "right" or "left": sequences of different lengths, or "scattered": holes
+    anywhere but in the first token; labels at padding are -100."""
     g = torch.Generator().manual_seed(seed)
     head = type(model).__name__
 
@@ -137,13 +138,17 @@ def batch_of(model, batch=3, length=13, padding=None, seed=1):
     ids = integers(VOCABULARY, batch, length, low=4)
     inputs = {"input_ids": ids}
     mask = torch.ones_like(ids)
-    if padding:
+    if padding == "scattered":
+        mask = (torch.rand(batch, length, generator=g) < 0.6).long()
+        mask[:, 0] = 1
+    elif padding:
         for row in range(1, batch):
             cut = 1 + (row * 5) % (length - 1)
             if padding == "right":
                 mask[row, cut:] = 0
             else:
                 mask[row, : length - cut] = 0
+    if padding:
         ids[mask == 0] = PAD
         inputs["attention_mask"] = mask
     names = inspect.signature(type(model).forward).parameters

@@ -23,6 +23,7 @@ BATCHES = {
     "one token": {"batch": 2, "length": 1},
     "padded right": {"batch": 4, "padding": "right"},
     "padded left": {"batch": 4, "padding": "left"},
+    "padded anywhere": {"batch": 4, "padding": "scattered"},
 }
 
 

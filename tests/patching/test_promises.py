@@ -292,7 +292,7 @@ def test_encoder_decoder_of_two_patched_models():
 @pytest.mark.parametrize("head", ["GPT2LMHeadModel", "BertForMaskedLM"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_regenerates_the_dropout(head, reentrant):
-    model = fasttune.patch(build(head, dropout=0.1))
+    model = fasttune.patch(build(head, dropout=0.1), trim=False)  # under checkpointing the last layer is not trimmed
     inputs = batch_of(model, padding="right") | ({"use_cache": False} if head.startswith("GPT2") else {})
 
     def run():
@@ -484,4 +484,4 @@ def test_the_torch_backend_on_request():
     stock, ours = build("GPT2LMHeadModel"), fasttune.patch(build("GPT2LMHeadModel"), backend="torch")
     inputs = batch_of(stock, padding="right")
     torch.testing.assert_close(loss_of(ours, inputs), loss_of(stock, inputs))
-    assert {row.backend for row in fasttune.report(ours).rows if row.runs} == {"torch"}
+    assert {row.backend for row in fasttune.report(ours).rows if row.backend} == {"torch"}

@@ -15,7 +15,9 @@ HeadRows head_rows(const Rows& rows) {
   return {pointer<void>(static_cast<Address>(rows[0])), rows[1], rows[2], rows[3]};
 }
 
-AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, Address offsets, bool causal,
+using Offsets = std::array<Address, 3>;  // of the keys; of the queries and their positions, or 0 and 0
+
+AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, const Offsets& offsets, bool causal,
                         double scale, Address seed, double dropout_p) {
   AttentionArgs args{};
   args.dtype = static_cast<DType>(dtype);
@@ -24,7 +26,9 @@ AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, Address 
   args.keys = sizes[2];
   args.heads = sizes[3];
   args.head_dim = sizes[4];
-  args.offsets = pointer<const int64_t>(offsets);
+  args.offsets = pointer<const int64_t>(offsets[0]);
+  args.query_offsets = pointer<const int64_t>(offsets[1]);
+  args.positions = pointer<const int32_t>(offsets[2]);
   args.causal = causal;
   args.scale = static_cast<float>(scale);
   args.dropout = make_dropout(read_seed(seed), dropout_p);
@@ -38,7 +42,7 @@ void bind_attention(pybind11::module_& module) {
   module.def(
       "attention_forward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
-         const Rows& value, const Rows& out, Address lse, Address offsets, bool causal, double scale,
+         const Rows& value, const Rows& out, Address lse, const Offsets& offsets, bool causal, double scale,
          Address seed, double dropout_p) {
         AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
         args.query = head_rows(query);
@@ -53,8 +57,8 @@ void bind_attention(pybind11::module_& module) {
       "attention_backward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
-         const Rows& dkey, const Rows& dvalue, Address offsets, bool causal, double scale, Address seed,
-         double dropout_p) {
+         const Rows& dkey, const Rows& dvalue, const Offsets& offsets, bool causal, double scale,
+         Address seed, double dropout_p) {
         AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
         args.query = head_rows(query);
         args.key = head_rows(key);

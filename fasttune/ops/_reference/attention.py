@@ -78,3 +78,25 @@ def _packed(
     row = torch.arange(rows, device=query.device)
     sequence = torch.bucketize(row, cu_seqlens[1:].long(), right=True)
     return out.flatten(0, 1).index_select(0, sequence * max_seqlen + row - starts[sequence])
+
+
+def attention_of_chosen_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    positions_q: Tensor,
+    max_seqlen: int | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Attends with zeros for the queries that were not chosen, and takes the chosen rows: (R, H, D), (T, H, D) twice
+    -> (R, H, D)."""
+    sequence = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens_q[1:].long(), right=True)
+    places = cu_seqlens[:-1].long()[sequence] + positions_q
+    every = query.new_zeros(key.shape).index_copy(0, places, query)
+    out = attention(every, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
+    return out.index_select(0, places)

@@ -7,6 +7,7 @@ how its embeddings count positions and where its language-model head is; `bert_l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttune import ops
+from fasttune.ops.packing import PackedBatch
+from fasttune.patching.attention import NAMES
 from fasttune.patching.families._activations import gelu_kind, why_no_gelu
+from fasttune.patching.last_layer import Chosen, on_demand, other_dropout
 from fasttune.patching.layers import (
     DROPOUTS,
     LAYER_NORMS,
@@ -23,11 +27,17 @@ from fasttune.patching.layers import (
     Patched,
     common_leaves,
     dropout_probability,
+    mapped,
+    may_defer,
     why_no_embedding,
     why_no_layer_norm,
 )
+from fasttune.patching.lazy_rows import LazyRows, TensorRows
 from fasttune.patching.plain import why_not_plain
+from fasttune.patching.plan import plan_of
 from fasttune.patching.spec import Family, Replacement, RowReader
+from fasttune.patching.stack import current_row_ids, entering, leaving, rows_numbered, why_hooked
+from fasttune.patching.tied import lookup_view
 
 EMBEDDINGS = (nn.Embedding, Embedding)
 
@@ -35,9 +45,15 @@ EMBEDDINGS = (nn.Embedding, Embedding)
 class DenseDropoutAddNorm(Patched):
     """LayerNorm(dropout(dense(x)) + residual): what ends attention and what ends the MLP."""
 
+    def _why_not_plain(self) -> str | None:
+        return why_not_plain(self.dropout, *DROPOUTS) or why_not_plain(self.LayerNorm, *LAYER_NORMS)
+
+    def plain(self) -> bool:
+        return self._why_not_plain() is None and self._fasttune.fused(self.LayerNorm.weight)
+
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         patch, norm = self._fasttune, self.LayerNorm
-        why = why_not_plain(self.dropout, *DROPOUTS) or why_not_plain(norm, *LAYER_NORMS)
+        why = self._why_not_plain()
         if why is not None or not patch.fused(hidden_states):
             if why is not None:
                 patch.aside(why)
@@ -49,8 +65,98 @@ class DenseDropoutAddNorm(Patched):
             norm.bias,
             eps=norm.eps,
             dropout_p=dropout_probability(self.dropout),
+            row_ids=current_row_ids(),
             backend=patch.backend,
         )
+
+
+@dataclass
+class LayerRows:
+    """What the last layer has computed before anybody asks for rows: key and value (T, H, D)."""
+
+    causal: bool
+    key: Tensor
+    value: Tensor
+
+
+class PackedLayer(Patched):
+    """A layer that takes padding out if it is the first, brings it back if it is the last, and as the last one computes
+    only the rows that somebody reads."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        plan = plan_of(attention_mask)
+        shape = (hidden_states.shape[0], hidden_states.shape[1]) if plan is None else plan.packed.shape
+        if plan is not None and plan.across:
+            hidden_states = entering(self, hidden_states, plan)
+        if (attention_mask is None or plan is not None) and encoder_hidden_states is None and past_key_values is None:
+            rows = on_demand(self, hidden_states, plan, shape, None)
+            if rows is not None:
+                return rows
+        args = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
+        out: Tensor
+        if plan is None or not plan.across:
+            out = super().forward(*args, **kwargs)
+            return out
+        with rows_numbered(plan.packed.indices):
+            out = super().forward(*args, **kwargs)
+        return leaving(self, out, plan)
+
+    @property
+    def causal(self) -> bool:
+        return bool(self.attention.self.is_causal)
+
+    def why_not_packed(self, inputs: Mapping[str, Any]) -> str | None:
+        """Why hidden states (1, T, E) would not do for this layer."""
+        if self.chunk_size_feed_forward:
+            return "chunk_size_feed_forward"
+        config = self.attention.self.config
+        given = inputs.get("use_cache")
+        if config.is_decoder and (config.use_cache if given is None else given):
+            return "a cache is filled (use_cache)"
+        return None
+
+    def why_not_trimmed(self) -> str | None:
+        """Why this layer's rows cannot be computed apart from each other."""
+        attention = self.attention
+        for module, suffix in ((attention, "Attention"), (attention.self, "SelfAttention")):
+            cls = type(module)
+            if not cls.__name__.endswith(suffix) or not cls.__module__.startswith("transformers.models."):
+                return f"{cls.__name__} is not stock's"
+        if attention.self.config._attn_implementation not in NAMES.values():
+            return "attention is stock's"
+        if self.chunk_size_feed_forward:
+            return "chunk_size_feed_forward"
+        fused = [m.dropout for m in (attention.output, self.output) if isinstance(m, DenseDropoutAddNorm) and m.plain()]
+        return other_dropout(self, (attention.self.dropout, *fused))
+
+    def prepare(self, hidden: Tensor, packed: PackedBatch, causal: bool, cache: Any) -> LayerRows:
+        """What all rows contribute, hidden (T, E): keys and values."""
+        attend = self.attention.self
+        heads = (-1, attend.attention_head_size)
+        return LayerRows(causal, attend.key(hidden).unflatten(-1, heads), attend.value(hidden).unflatten(-1, heads))
+
+    def rows_of(self, chosen: Chosen, rows: Tensor, prepared: LayerRows) -> Tensor:
+        """The layer's output (R, E) for the chosen rows, `rows` (R, E) of its input."""
+        attend = self.attention.self
+        attended = chosen.attend(
+            attend.query(rows).unflatten(-1, (-1, attend.attention_head_size)),
+            prepared.key,
+            prepared.value,
+            causal=prepared.causal,
+            scale=attend.scaling,
+            dropout_p=dropout_probability(attend.dropout),
+            backend=self._fasttune.backend,
+        )
+        out: Tensor = self.feed_forward_chunk(self.attention.output(attended, rows))
+        return out
 
 
 class DenseGelu(Patched):
@@ -73,6 +179,9 @@ class DenseGeluNorm(Patched):
     activation_name = "transform_act_fn"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        return few_rows(self, hidden_states, type(self).transformed, self.LayerNorm)
+
+    def transformed(self, hidden_states: Tensor) -> Tensor:
         patch, norm = self._fasttune, self.LayerNorm
         kind = gelu_kind(getattr(self, self.activation_name))
         why = why_not_plain(norm, *LAYER_NORMS) or ("hooks on the activation" if not kind else None)
@@ -81,6 +190,23 @@ class DenseGeluNorm(Patched):
                 patch.aside(why)
             return super().forward(hidden_states)
         return gelu_then_norm(self.dense(hidden_states), norm, kind, patch.backend)
+
+
+def few_rows(
+    module: Patched, hidden_states: Tensor, function: Callable[[Any, Tensor], Tensor], norm: nn.LayerNorm
+) -> Tensor:
+    """function(module, hidden_states), ended by norm; in training as rows on demand: a loss reads the labelled ones."""
+    if torch.compiler.is_compiling():
+        return function(module, hidden_states)
+    watched = why_hooked(module) is not None  # somebody looks inside: stock shows all rows there
+    if isinstance(hidden_states, LazyRows) and not hidden_states.computed() and not watched:
+        return mapped(hidden_states, module, function, norm.weight.shape[0])
+    if isinstance(hidden_states, LazyRows):
+        hidden_states = hidden_states.materialize()
+    if watched or not may_defer(module) or type(norm.weight) is not nn.Parameter:
+        return function(module, hidden_states)
+    rows = LazyRows.of(TensorRows(hidden_states), hidden_states.shape[:-1])
+    return mapped(rows, module, function, norm.weight.shape[0])
 
 
 def gelu_then_norm(x: Tensor, norm: nn.LayerNorm, kind: str, backend: str | None) -> Tensor:
@@ -126,9 +252,10 @@ class SumNormDropout(Patched):
             position_ids = self.positions(input_ids, past_key_values_length)
         if token_type_ids is None:
             token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids)
+        tied = lookup_view(word)
         return ops.embedding(
             input_ids,
-            word.weight,
+            word.weight if tied is None else tied,
             position_ids=position_ids.expand(input_ids.shape),
             position_weight=without_gradient_of_row(position.weight, position.padding_idx),
             token_type_ids=token_type_ids.expand(input_ids.shape),
@@ -138,6 +265,7 @@ class SumNormDropout(Patched):
             eps=norm.eps,
             dropout_p=dropout_probability(self.dropout),
             padding_idx=word.padding_idx,
+            sparse_grad=tied is not None,
             backend=patch.backend,
         )
 
@@ -229,8 +357,17 @@ def bert_like(
                 "GELU + LayerNorm",
                 covers=transform_covers,
                 unsuited=transform_unsuited,
+                lazy=True,
+            ),
+            replace(
+                f"{prefix}Layer",
+                "packing or trim",
+                "",
+                "padding left out, last layer for rows that are read",
+                pays_in_torch=True,
             ),
             *common_leaves(vocabulary),
         ),
         attentions=(getattr(stock, f"{prefix}SelfAttention"), getattr(stock, f"{prefix}CrossAttention")),
+        layers=lambda model: model.base_model.encoder.layer,
     )

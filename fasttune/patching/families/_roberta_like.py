@@ -13,7 +13,7 @@ from fasttune.patching.families import _bert_like as shared
 from fasttune.patching.families._activations import gelu_kind
 from fasttune.patching.layers import LAYER_NORMS, Patched, why_no_layer_norm
 from fasttune.patching.plain import why_not_plain
-from fasttune.patching.rows import all_rows, first_row, labelled, labelled_next
+from fasttune.patching.rows import all_rows, first_row, for_the_caller, labelled, labelled_next, labelled_tokens
 from fasttune.patching.spec import Family
 
 
@@ -27,14 +27,16 @@ class LMHead(Patched):
     """decoder(LayerNorm(GELU(dense(x)))); the GELU is a module-level activation of Transformers."""
 
     def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
-        patch, norm = self._fasttune, self.layer_norm
-        kind = gelu_kind(activations.gelu)
-        why = why_not_plain(norm, *LAYER_NORMS)
-        if why is not None or not kind or not patch.fused(features):
+        why = why_not_plain(self.layer_norm, *LAYER_NORMS)
+        if why is not None or not gelu_kind(activations.gelu) or not self._fasttune.fused(self.dense.weight):
             if why is not None:
-                patch.aside(why)
+                self._fasttune.aside(why)
             return super().forward(features, **kwargs)
-        return self.decoder(shared.gelu_then_norm(self.dense(features), norm, kind, patch.backend))
+        return self.decoder(shared.few_rows(self, features, LMHead.transformed, self.layer_norm))
+
+    def transformed(self, features: Tensor) -> Tensor:
+        kind = gelu_kind(activations.gelu) or "none"
+        return shared.gelu_then_norm(self.dense(features), self.layer_norm, kind, self._fasttune.backend)
 
 
 def roberta_like(name: str, stock: ModuleType, classes: dict[str, type[nn.Module]], *, prefix: str) -> Family:
@@ -48,12 +50,12 @@ def roberta_like(name: str, stock: ModuleType, classes: dict[str, type[nn.Module
         transform_covers=("layer_norm",),
         transform_unsuited=lambda module: why_no_layer_norm(module.layer_norm),
         heads={
-            f"{prefix}Model": all_rows,
+            f"{prefix}Model": for_the_caller,
             f"{prefix}ForMaskedLM": labelled,
             f"{prefix}ForCausalLM": labelled_next,
             f"{prefix}ForSequenceClassification": first_row,
             f"{prefix}ForMultipleChoice": first_row,
-            f"{prefix}ForTokenClassification": labelled,
+            f"{prefix}ForTokenClassification": labelled_tokens,
             f"{prefix}ForQuestionAnswering": all_rows,
         },
     )

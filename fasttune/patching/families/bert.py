@@ -4,10 +4,21 @@ from transformers.models.bert import modeling_bert as stock
 
 from fasttune.patching.families import _bert_like as shared
 from fasttune.patching.families._activations import why_no_gelu
-from fasttune.patching.rows import all_rows, first_row, labelled, labelled_and_first, labelled_next
+from fasttune.patching.rows import (
+    all_rows,
+    first_row,
+    for_the_caller,
+    labelled,
+    labelled_and_first,
+    labelled_next,
+    labelled_tokens,
+)
 
 
 class BertEmbeddings(shared.SumNormDropout, stock.BertEmbeddings): ...
+
+
+class BertLayer(shared.PackedLayer, stock.BertLayer): ...
 
 
 class BertSelfOutput(shared.DenseDropoutAddNorm, stock.BertSelfOutput): ...
@@ -31,14 +42,14 @@ FAMILY = shared.bert_like(
     transform="BertPredictionHeadTransform",
     transform_unsuited=why_no_gelu("transform_act_fn"),
     heads={
-        "BertModel": all_rows,
+        "BertModel": for_the_caller,
         "BertForMaskedLM": labelled,
         "BertForPreTraining": labelled_and_first,
         "BertLMHeadModel": labelled_next,
         "BertForNextSentencePrediction": first_row,
         "BertForSequenceClassification": first_row,
         "BertForMultipleChoice": first_row,
-        "BertForTokenClassification": labelled,
+        "BertForTokenClassification": labelled_tokens,
         "BertForQuestionAnswering": all_rows,
     },
 )

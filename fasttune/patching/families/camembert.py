@@ -8,6 +8,9 @@ from fasttune.patching.families import _bert_like, _roberta_like
 class CamembertEmbeddings(_roberta_like.SumNormDropout, stock.CamembertEmbeddings): ...
 
 
+class CamembertLayer(_bert_like.PackedLayer, stock.CamembertLayer): ...
+
+
 class CamembertSelfOutput(_bert_like.DenseDropoutAddNorm, stock.CamembertSelfOutput): ...
 
 

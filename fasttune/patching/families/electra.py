@@ -7,14 +7,19 @@ from fasttune.patching.families._activations import why_no_gelu
 from fasttune.patching.rows import (
     all_rows,
     first_row,
+    for_the_caller,
     labelled,
     labelled_next,
+    labelled_tokens,
     real_if_labelled,
     summary_row,
 )
 
 
 class ElectraEmbeddings(shared.SumNormDropout, stock.ElectraEmbeddings): ...
+
+
+class ElectraLayer(shared.PackedLayer, stock.ElectraLayer): ...
 
 
 class ElectraSelfOutput(shared.DenseDropoutAddNorm, stock.ElectraSelfOutput): ...
@@ -40,13 +45,13 @@ FAMILY = shared.bert_like(
     transform_covers=("LayerNorm", "activation"),
     transform_unsuited=why_no_gelu("activation"),
     heads={
-        "ElectraModel": all_rows,
+        "ElectraModel": for_the_caller,
         "ElectraForMaskedLM": labelled,
         "ElectraForPreTraining": real_if_labelled,
         "ElectraForCausalLM": labelled_next,
         "ElectraForSequenceClassification": first_row,
         "ElectraForMultipleChoice": summary_row,
-        "ElectraForTokenClassification": labelled,
+        "ElectraForTokenClassification": labelled_tokens,
         "ElectraForQuestionAnswering": all_rows,
     },
 )

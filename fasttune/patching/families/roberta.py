@@ -8,6 +8,9 @@ from fasttune.patching.families import _bert_like, _roberta_like
 class RobertaEmbeddings(_roberta_like.SumNormDropout, stock.RobertaEmbeddings): ...
 
 
+class RobertaLayer(_bert_like.PackedLayer, stock.RobertaLayer): ...
+
+
 class RobertaSelfOutput(_bert_like.DenseDropoutAddNorm, stock.RobertaSelfOutput): ...
 
 

@@ -8,6 +8,9 @@ from fasttune.patching.families import _bert_like, _roberta_like
 class XLMRobertaEmbeddings(_roberta_like.SumNormDropout, stock.XLMRobertaEmbeddings): ...
 
 
+class XLMRobertaLayer(_bert_like.PackedLayer, stock.XLMRobertaLayer): ...
+
+
 class XLMRobertaSelfOutput(_bert_like.DenseDropoutAddNorm, stock.XLMRobertaSelfOutput): ...
 
 
