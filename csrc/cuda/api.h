@@ -1,7 +1,7 @@
 /* The C ABI of the CUDA library: addresses on the device, sizes, strides in elements, and a stream.
  *
- * Every function enqueues kernels on `stream` (a cudaStream_t) and returns without waiting: null, or what went
- * wrong as a sentence with static lifetime. Tensors are contiguous where no stride is given. Nothing is
+ * Every function enqueues kernels on `stream` (a cudaStream_t) and returns without waiting: null, or what
+ * went wrong as a sentence with static lifetime. Tensors are contiguous where no stride is given. Nothing is
  * allocated: scratch comes in as arguments. Checks of shapes and dtypes are the caller's (fasttune/ops). */
 #pragma once
 #include <stdint.h>
@@ -154,20 +154,25 @@ typedef struct {
 
 typedef struct {
   int dtype;
-  int64_t sequences, queries, keys, heads, head_dim; /* packed: queries = keys = all rows; head_dim 16 to 128 */
+  int64_t sequences, queries, keys, heads,
+      head_dim;        /* packed: queries = keys = all rows; head_dim 16 to 128 */
   const void* offsets; /* packed: (N + 1,) first row of each sequence; or null */
   int offsets_are_64_bit;
   int causal;  /* query i sees keys j <= i + K - Q */
   float scale; /* of the scores */
   fasttune_dropout_options dropout;
   fasttune_head_rows query, key, value, out;
-  float* lse; /* log-sum-exp of the scores to base 2: dense (N, H, Q), packed (H, rows); inf: no key was seen */
+  float*
+      lse; /* log-sum-exp of the scores to base 2: dense (N, H, Q), packed (H, rows); inf: no key was seen */
   /* Backward alone; a null gradient is not computed. */
   fasttune_head_rows dout, dquery, dkey, dvalue;
   float* delta; /* like lse, scratch */
 } fasttune_attention_args;
 const char* fasttune_cuda_attention_forward(const fasttune_attention_args*, void* stream);
 const char* fasttune_cuda_attention_backward(const fasttune_attention_args*, void* stream);
+
+/* Dynamic shared memory of the attention kernels in bytes, or -1 for arguments that they do not take. */
+int64_t fasttune_cuda_attention_shared_bytes(int dtype, int64_t head_dim, int backward);
 
 /* Why kernels cannot run on the current device, as a sentence part, or null. Needs no GPU to be called. */
 const char* fasttune_cuda_problem(void);

@@ -1,17 +1,19 @@
-// What the three attention kernels share: where a block works, tiles in shared memory, and a warp's matrix products.
+// What the three attention kernels share: where a block works, tiles in shared memory, and a warp's matrix
+// products.
 //
-// Shape legend: Q queries and K keys of a sequence, H heads, D head dimension. A block owns some rows of one head of one
-// sequence (queries in the forward and dQ kernels, keys in the dK, dV kernel), 16 per warp, and walks over tiles of the
-// other axis, which stream through shared memory with cp.async: while one tile is computed the next one arrives. Both
-// sides are padded to kDim = 64 or 128 columns, with zeros; products skip the 16-column steps beyond D.
+// Shape legend: Q queries and K keys of a sequence, H heads, D head dimension. A block owns some rows of one
+// head of one sequence (queries in the forward and dQ kernels, keys in the dK, dV kernel), 16 per warp, and
+// walks over tiles of the other axis, which stream through shared memory with cp.async: while one tile is
+// computed the next one arrives. Both sides are padded to kDim = 64 or 128 columns, with zeros; products skip
+// the 16-column steps beyond D.
 //
-// A warp's result of 16 x n values lies in registers as mma lays it out: float c[n / 8][4], where of lane 4 g + t
-// c[j][i] is row g + 8 (i / 2), column 8 j + 2 t + i % 2. Weights in this layout are the first operand of the next
-// product as they are (Dao 2023). float32 tensors take the same kernels with products by fused multiply-adds on the same
-// layout: there, weights pass through shared memory.
+// A warp's result of 16 x n values lies in registers as mma lays it out: float c[n / 8][4], where of lane 4 g
+// + t c[j][i] is row g + 8 (i / 2), column 8 j + 2 t + i % 2. Weights in this layout are the first operand of
+// the next product as they are (Dao 2023). float32 tensors take the same kernels with products by fused
+// multiply-adds on the same layout: there, weights pass through shared memory.
 //
-// Rows in shared memory are padded by 16 bytes, so that the eight rows which one phase of ldmatrix reads, and the rows
-// which neighbouring lanes read, lie in different banks.
+// Rows in shared memory are padded by 16 bytes, so that the eight rows which one phase of ldmatrix reads, and
+// the rows which neighbouring lanes read, lie in different banks.
 #pragma once
 #include "cuda/mma.cuh"
 #include "cuda/philox.cuh"
@@ -27,16 +29,17 @@ struct Tiles {
   static constexpr int kDim = kDimension;
   static constexpr int kWarps = kIsFloat ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRows = 16 * kWarps;                           // that a block owns
+  static constexpr int kRows = 16 * kWarps;                               // that a block owns
   static constexpr int kSteps = !kIsFloat && kDimension == 64 ? 64 : 32;  // rows of a streamed tile
-  static constexpr int kStages = kIsFloat ? 1 : 2;                    // streamed tiles in shared memory
+  static constexpr int kStages = kIsFloat ? 1 : 2;                        // streamed tiles in shared memory
   static constexpr int kPitch = kDimension + 16 / static_cast<int>(sizeof(T));
   static constexpr int kOwned = kRows * kPitch, kStreamed = kSteps * kPitch;  // elements of one tile
   static constexpr int kScratchPitch = kSteps + 4;
-  static constexpr int kScratch = kIsFloat ? 16 * kScratchPitch : 0;  // per warp: weights on their way to a product
+  static constexpr int kScratch =
+      kIsFloat ? 16 * kScratchPitch : 0;  // per warp: weights on their way to a product
 };
 
-// ------------------------------------------------------------------------------------------------------------- places
+// ---------------------------------------------------------------------------------------------------- places
 
 // The sequence, head and tile of a block.
 struct Place {
@@ -52,9 +55,10 @@ __device__ __forceinline__ int64_t offset_at(const fasttune_attention_args& args
 }
 
 // Blocks are numbered tile first, then head, then sequence. Packed, sequence s owns the tiles from
-// offsets[s] / rows + s on: at least as many as it has, and the grid needs no length but the total. The last such s is
-// found by bisection; blocks without rows get tile -1.
-__device__ __forceinline__ Place locate(const fasttune_attention_args& args, int rows, int64_t tiles, bool owns_keys) {
+// offsets[s] / rows + s on: at least as many as it has, and the grid needs no length but the total. The last
+// such s is found by bisection; blocks without rows get tile -1.
+__device__ __forceinline__ Place locate(const fasttune_attention_args& args, int rows, int64_t tiles,
+                                        bool owns_keys) {
   Place at;
   const int64_t block = blockIdx.x;
   int64_t tile = block % tiles;
@@ -106,13 +110,13 @@ inline bool in_vectors(const fasttune_head_rows& rows, int64_t head_dim, size_t 
          rows.row % per_vector == 0 && rows.head % per_vector == 0;
 }
 
-// -------------------------------------------------------------------------------------------------------------- tiles
+// ----------------------------------------------------------------------------------------------------- tiles
 
-// Rows [first, first + kCount) of a head to shared memory; zeros beyond `rows` and beyond head_dim. With `vectors` the
-// copies are asynchronous and belong to the group that is committed next.
+// Rows [first, first + kCount) of a head to shared memory; zeros beyond `rows` and beyond head_dim. With
+// `vectors` the copies are asynchronous and belong to the group that is committed next.
 template <class P, int kCount, class T>
-__device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows, int head_dim,
-                                          bool vectors) {
+__device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows,
+                                          int head_dim, bool vectors) {
   constexpr int kVectorSize = 16 / sizeof(T), kPerRow = P::kDim / kVectorSize;
   static_assert(kCount * kPerRow % P::kThreads == 0, "every thread copies as many vectors");
   FASTTUNE_UNROLL
@@ -131,12 +135,13 @@ __device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride
   }
 }
 
-// This warp's 16 rows, factor[i] times the values of rows g + 8 i, to rows [first, first + 16) of a head, those before
-// `rows`. They pass through `tile`, 16 rows of shared memory that only this warp uses, so that the writes to memory are
-// 16 bytes each and consecutive.
+// This warp's 16 rows, factor[i] times the values of rows g + 8 i, to rows [first, first + 16) of a head,
+// those before `rows`. They pass through `tile`, 16 rows of shared memory that only this warp uses, so that
+// the writes to memory are 16 bytes each and consecutive.
 template <class P, class T>
-__device__ __forceinline__ void store_rows(T* tile, const float (&values)[P::kDim / 8][4], const float (&factor)[2],
-                                           T* head, int64_t stride, int first, int rows, int head_dim, bool vectors) {
+__device__ __forceinline__ void store_rows(T* tile, const float (&values)[P::kDim / 8][4],
+                                           const float (&factor)[2], T* head, int64_t stride, int first,
+                                           int rows, int head_dim, bool vectors) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   __syncwarp();  // the tile's last readers are done
   FASTTUNE_UNROLL
@@ -160,14 +165,16 @@ __device__ __forceinline__ void store_rows(T* tile, const float (&values)[P::kDi
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------- products
+// -------------------------------------------------------------------------------------------------- products
 
 // c += A Bᵀ: A 16 rows, B 8 * kTiles rows, both of head_dim columns in shared memory.
 template <class P, int kTiles, class T>
-__device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], const T* a, const T* b, int head_dim) {
+__device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], const T* a, const T* b,
+                                                    int head_dim) {
   const int lane = lane_index();
   if constexpr (P::kIsFloat) {
     const int g = lane / 4, t = lane % 4;
+    FASTTUNE_NO_UNROLL
     for (int k = 0; k < head_dim; k += 4) {
       const float4 low = *reinterpret_cast<const float4*>(a + g * P::kPitch + k);
       const float4 high = *reinterpret_cast<const float4*>(a + (g + 8) * P::kPitch + k);
@@ -177,7 +184,8 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], const
         for (int i = 0; i < 2; ++i) {
           const float4 w = *reinterpret_cast<const float4*>(b + (8 * j + 2 * t + i) * P::kPitch + k);
           c[j][i] = fmaf(low.x, w.x, fmaf(low.y, w.y, fmaf(low.z, w.z, fmaf(low.w, w.w, c[j][i]))));
-          c[j][2 + i] = fmaf(high.x, w.x, fmaf(high.y, w.y, fmaf(high.z, w.z, fmaf(high.w, w.w, c[j][2 + i]))));
+          c[j][2 + i] =
+              fmaf(high.x, w.x, fmaf(high.y, w.y, fmaf(high.z, w.z, fmaf(high.w, w.w, c[j][2 + i]))));
         }
       }
     }
@@ -201,8 +209,8 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], const
   }
 }
 
-// c += W B: W 16 x 8 * kTiles weights in registers, B 8 * kTiles rows of head_dim columns in shared memory. scratch: of
-// this warp, for float32.
+// c += W B: W 16 x 8 * kTiles weights in registers, B 8 * kTiles rows of head_dim columns in shared memory.
+// scratch: of this warp, for float32.
 template <class P, int kTiles, class T>
 __device__ __forceinline__ void multiply(float (&c)[P::kDim / 8][4], const float (&w)[kTiles][4], const T* b,
                                          int head_dim, T* scratch) {
@@ -213,9 +221,11 @@ __device__ __forceinline__ void multiply(float (&c)[P::kDim / 8][4], const float
     FASTTUNE_UNROLL
     for (int j = 0; j < kTiles; ++j) {
       FASTTUNE_UNROLL
-      for (int i = 0; i < 4; ++i) scratch[(g + i / 2 * 8) * P::kScratchPitch + 8 * j + 2 * t + i % 2] = w[j][i];
+      for (int i = 0; i < 4; ++i)
+        scratch[(g + i / 2 * 8) * P::kScratchPitch + 8 * j + 2 * t + i % 2] = w[j][i];
     }
     __syncwarp();
+    FASTTUNE_NO_UNROLL
     for (int k = 0; k < 8 * kTiles; ++k) {
       const float low = scratch[g * P::kScratchPitch + k], high = scratch[(g + 8) * P::kScratchPitch + k];
       FASTTUNE_UNROLL
@@ -255,10 +265,11 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------ dropout
+// --------------------------------------------------------------------------------------------------- dropout
 
-// Which weights of queries g and g + 8 of a warp are dropped, for the 128 keys of one block of counters: a lane needs
-// the columns 2t, 2t + 1, 2t + 8 and 2t + 9 modulo 16, so four counters per query, all of whose bits it uses.
+// Which weights of queries g and g + 8 of a warp are dropped, for the 128 keys of one block of counters: a
+// lane needs the columns 2t, 2t + 1, 2t + 8 and 2t + 9 modulo 16, so four counters per query, all of whose
+// bits it uses.
 struct DroppedKeys {
   uint32_t bits[2];
 
@@ -269,9 +280,11 @@ struct DroppedKeys {
       bits[row] = 0;
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i)
-        bits[row] |= dropped_bits(dropout, static_cast<uint32_t>(first_key / kDropoutBlock * 16 + 2 * t + i % 2 + i / 2 * 8),
-                                  static_cast<uint32_t>(query + g + 8 * row), head, kAttentionDomain)
-                     << (8 * i);
+        bits[row] |=
+            dropped_bits(dropout,
+                         static_cast<uint32_t>(first_key / kDropoutBlock * 16 + 2 * t + i % 2 + i / 2 * 8),
+                         static_cast<uint32_t>(query + g + 8 * row), head, kAttentionDomain)
+            << (8 * i);
     }
   }
 
@@ -285,6 +298,14 @@ struct DroppedKeys {
 // The number of sequence and head in the generator's coordinates.
 __device__ __forceinline__ uint32_t head_number(const fasttune_attention_args& args, const Place& at) {
   return static_cast<uint32_t>(at.sequence * args.heads + at.head);
+}
+
+// Dynamic shared memory in bytes: two owned tiles (forward: one), two streamed ones in every stage, the
+// scratch.
+template <class P, class T>
+constexpr size_t shared_bytes(bool backward) {
+  return sizeof(T) *
+         ((backward ? 2 : 1) * P::kOwned + 2 * P::kStages * P::kStreamed + P::kWarps * P::kScratch);
 }
 
 // Calls body(tile type) for the element type and head dimension of the arguments.

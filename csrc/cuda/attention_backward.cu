@@ -1,28 +1,30 @@
-// Gradients of attention_forward.cu. With P = exp2(s - lse) recomputed, M the dropout mask times its scale and
-// δ_i = Σ_d dO_id O_id:
+// Gradients of attention_forward.cu. With P = exp2(s - lse) recomputed, M the dropout mask times its scale
+// and δ_i = Σ_d dO_id O_id:
 //
 //   dV = (P M)ᵀ dO     dP = (dO Vᵀ) M     dS = P (dP - δ)     dQ = scale dS K     dK = scale dSᵀ Q
 //
-// since Σ_k P_ik dP_ik = dO_i · O_i. dQ comes from one kernel, dK and dV from another, so that every element has one
-// writer: no atomics, the same bits every time. The dK, dV kernel works on transposed tiles, keys by queries, whose P
-// and dS are then first operands of its products and stay in registers.
+// since Σ_k P_ik dP_ik = dO_i · O_i. dQ comes from one kernel, dK and dV from another, so that every element
+// has one writer: no atomics, the same bits every time. The dK, dV kernel works on transposed tiles, keys by
+// queries, whose P and dS are then first operands of its products and stay in registers.
 //
 // Bytes: q, k, v, dO, lse and δ once for each tile of the other axis, most of it from L2; each gradient once.
-// Operations: 10 Q K D a head (14 with what both kernels recompute), half of it if causal. Matrix instructions are the
-// bound. Registers decide the tiles: two accumulators of 16 x D per warp in the dK, dV kernel.
+// Operations: 10 Q K D a head (14 with what both kernels recompute), half of it if causal. Matrix
+// instructions are the bound. Registers decide the tiles: two accumulators of 16 x D per warp in the dK, dV
+// kernel.
 #include "cuda/attention.cuh"
 #include "cuda/reduce.cuh"
 
 namespace fasttune::cuda {
 namespace {
 
-// ------------------------------------------------------------------------------------------------------------------ δ
+// --------------------------------------------------------------------------------------------------------- δ
 
 constexpr int kDeltaWarps = 8;
 
 // One warp per query and head.
 template <class T>
-__global__ void __launch_bounds__(kDeltaWarps* kWarp) attention_delta_kernel(const fasttune_attention_args args) {
+__global__ void __launch_bounds__(kDeltaWarps* kWarp)
+    attention_delta_kernel(const fasttune_attention_args args) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kDeltaWarps + warp_index();  // in lse and delta
   if (index >= (args.offsets ? 1 : args.sequences) * args.heads * args.queries) return;
   const int64_t row = index % args.queries, head = index / args.queries % args.heads;
@@ -32,12 +34,13 @@ __global__ void __launch_bounds__(kDeltaWarps* kWarp) attention_delta_kernel(con
   };
   const T *out = at(args.out), *dout = at(args.dout);
   float delta = 0.0f;
-  for (int64_t d = lane_index(); d < args.head_dim; d += kWarp) delta = fmaf(to_float(out[d]), to_float(dout[d]), delta);
+  for (int64_t d = lane_index(); d < args.head_dim; d += kWarp)
+    delta = fmaf(to_float(out[d]), to_float(dout[d]), delta);
   delta = warp_sum(delta);
   if (lane_index() == 0) args.delta[index] = delta;
 }
 
-// ----------------------------------------------------------------------------------------------------------------- dQ
+// -------------------------------------------------------------------------------------------------------- dQ
 
 template <class P, class T, bool kDropout>
 __global__ void __launch_bounds__(P::kThreads)
@@ -64,14 +67,16 @@ __global__ void __launch_bounds__(P::kThreads)
 
   const auto stream = [&](int step) {
     const int stage = step % P::kStages, first = step * P::kSteps;
-    load_tile<P, P::kSteps>(k_tiles + stage * P::kStreamed, k_head, args.key.row, first, keys, head_dim, vectors);
-    load_tile<P, P::kSteps>(v_tiles + stage * P::kStreamed, v_head, args.value.row, first, keys, head_dim, vectors);
+    load_tile<P, P::kSteps>(k_tiles + stage * P::kStreamed, k_head, args.key.row, first, keys, head_dim,
+                            vectors);
+    load_tile<P, P::kSteps>(v_tiles + stage * P::kStreamed, v_head, args.value.row, first, keys, head_dim,
+                            vectors);
     cp_async_commit();
   };
-  load_tile<P, P::kRows>(q_tile, head_rows<T>(args.query, args, at), args.query.row, first_query, queries, head_dim,
-                         vectors);
-  load_tile<P, P::kRows>(do_tile, head_rows<T>(args.dout, args, at), args.dout.row, first_query, queries, head_dim,
-                         vectors);
+  load_tile<P, P::kRows>(q_tile, head_rows<T>(args.query, args, at), args.query.row, first_query, queries,
+                         head_dim, vectors);
+  load_tile<P, P::kRows>(do_tile, head_rows<T>(args.dout, args, at), args.dout.row, first_query, queries,
+                         head_dim, vectors);
   if (steps > 0) stream(0);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_query = first_query + 16 * warp_index();
@@ -132,19 +137,20 @@ __global__ void __launch_bounds__(P::kThreads)
     __syncthreads();
   }
   const float factor[2] = {args.scale, args.scale};
-  store_rows<P>(q_rows, acc, factor, head_rows<T>(args.dquery, args, at), args.dquery.row, warp_query, queries,
-                head_dim, out_vectors);
+  store_rows<P>(q_rows, acc, factor, head_rows<T>(args.dquery, args, at), args.dquery.row, warp_query,
+                queries, head_dim, out_vectors);
 }
 
-// ------------------------------------------------------------------------------------------------------------- dK, dV
+// ---------------------------------------------------------------------------------------------------- dK, dV
 
 template <class P, class T, bool kDropout>
 __global__ void __launch_bounds__(P::kThreads)
     attention_dkdv_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors, bool out_vectors) {
   FASTTUNE_DYNAMIC_SHARED(shared);
-  // Of each streamed query: lse, δ, and which of its weights are dropped, a byte for each column modulo 16 (philox.cuh).
-  FASTTUNE_SHARED(float, lse_tiles, P::kStages * P::kSteps);
-  FASTTUNE_SHARED(float, delta_tiles, P::kStages * P::kSteps);
+  // Of each streamed query: lse, δ, and which of its weights are dropped, a byte for each column modulo 16
+  // (philox.cuh).
+  FASTTUNE_SHARED(float, lse_tiles, P::kStages* P::kSteps);
+  FASTTUNE_SHARED(float, delta_tiles, P::kStages* P::kSteps);
   FASTTUNE_SHARED(unsigned char, dropped_tile, kDropout ? P::kSteps * 16 : 1);
   T* k_tile = reinterpret_cast<T*>(shared);
   T* v_tile = k_tile + P::kOwned;
@@ -158,13 +164,16 @@ __global__ void __launch_bounds__(P::kThreads)
   const int first_key = at.tile * P::kRows, offset = keys - queries;
   const T* q_head = head_rows<T>(args.query, args, at);
   const T* do_head = head_rows<T>(args.dout, args, at);
-  const int first_step = args.causal ? max(0, first_key - offset) / P::kSteps : 0;  // the first query that sees a key
+  const int first_step =
+      args.causal ? max(0, first_key - offset) / P::kSteps : 0;  // the first query that sees a key
   const int steps = divide_up(queries, P::kSteps);
 
   const auto stream = [&](int step) {
     const int stage = step % P::kStages, first = step * P::kSteps;
-    load_tile<P, P::kSteps>(q_tiles + stage * P::kStreamed, q_head, args.query.row, first, queries, head_dim, vectors);
-    load_tile<P, P::kSteps>(do_tiles + stage * P::kStreamed, do_head, args.dout.row, first, queries, head_dim, vectors);
+    load_tile<P, P::kSteps>(q_tiles + stage * P::kStreamed, q_head, args.query.row, first, queries, head_dim,
+                            vectors);
+    load_tile<P, P::kSteps>(do_tiles + stage * P::kStreamed, do_head, args.dout.row, first, queries, head_dim,
+                            vectors);
     cp_async_commit();
     for (int i = static_cast<int>(threadIdx.x); i < P::kSteps; i += P::kThreads) {
       const bool valid = first + i < queries;
@@ -172,9 +181,10 @@ __global__ void __launch_bounds__(P::kThreads)
       delta_tiles[stage * P::kSteps + i] = valid ? args.delta[at.statistics + first + i] : 0.0f;
     }
   };
-  load_tile<P, P::kRows>(k_tile, head_rows<T>(args.key, args, at), args.key.row, first_key, keys, head_dim, vectors);
-  load_tile<P, P::kRows>(v_tile, head_rows<T>(args.value, args, at), args.value.row, first_key, keys, head_dim,
+  load_tile<P, P::kRows>(k_tile, head_rows<T>(args.key, args, at), args.key.row, first_key, keys, head_dim,
                          vectors);
+  load_tile<P, P::kRows>(v_tile, head_rows<T>(args.value, args, at), args.value.row, first_key, keys,
+                         head_dim, vectors);
   if (first_step < steps) stream(first_step);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_key = first_key + 16 * warp_index();
@@ -193,9 +203,9 @@ __global__ void __launch_bounds__(P::kThreads)
     if (P::kStages == 2 && more) stream(step + 1);
     if constexpr (kDropout)
       for (int i = static_cast<int>(threadIdx.x); i < P::kSteps * 16; i += P::kThreads)
-        dropped_tile[i] = static_cast<unsigned char>(
-            dropped_bits(dropout, static_cast<uint32_t>(first_key / kDropoutBlock * 16 + i % 16),
-                         static_cast<uint32_t>(first_query + i / 16), head_number(args, at), kAttentionDomain));
+        dropped_tile[i] = static_cast<unsigned char>(dropped_bits(
+            dropout, static_cast<uint32_t>(first_key / kDropoutBlock * 16 + i % 16),
+            static_cast<uint32_t>(first_query + i / 16), head_number(args, at), kAttentionDomain));
     if (P::kStages == 2 && more)
       cp_async_wait<1>();
     else
@@ -249,7 +259,8 @@ __global__ void __launch_bounds__(P::kThreads)
     __syncthreads();  // before the tiles are overwritten
     if (P::kStages == 1 && more) stream(step + 1);
   }
-  if (first_step >= steps) {  // the copies of k and v are still under way, and their place is about to be written
+  if (first_step >=
+      steps) {  // the copies of k and v are still under way, and their place is about to be written
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -257,11 +268,11 @@ __global__ void __launch_bounds__(P::kThreads)
   const float scales[2] = {args.scale, args.scale};
   const float kept = kDropout ? dropout.scale : 1.0f, keeps[2] = {kept, kept};
   if (args.dkey.data)
-    store_rows<P>(k_rows, dk, scales, head_rows<T>(args.dkey, args, at), args.dkey.row, warp_key, keys, head_dim,
-                  out_vectors);
+    store_rows<P>(k_rows, dk, scales, head_rows<T>(args.dkey, args, at), args.dkey.row, warp_key, keys,
+                  head_dim, out_vectors);
   if (args.dvalue.data)
-    store_rows<P>(v_rows, dv, keeps, head_rows<T>(args.dvalue, args, at), args.dvalue.row, warp_key, keys, head_dim,
-                  out_vectors);
+    store_rows<P>(v_rows, dv, keeps, head_rows<T>(args.dvalue, args, at), args.dvalue.row, warp_key, keys,
+                  head_dim, out_vectors);
 }
 
 }  // namespace
@@ -277,19 +288,23 @@ extern "C" const char* fasttune_cuda_attention_backward(const fasttune_attention
     };
     const bool vectors = fits(args->query) && fits(args->key) && fits(args->value) && fits(args->dout);
     const bool out_vectors = fits(args->dquery) && fits(args->dkey) && fits(args->dvalue);
-    const size_t shared = sizeof(T) * (2 * P::kOwned + 2 * P::kStages * P::kStreamed + P::kWarps * P::kScratch);
+    const size_t shared = shared_bytes<P, T>(true);
     const int64_t rows = (args->offsets ? 1 : args->sequences) * args->heads * args->queries;
     const char* problem = launch(attention_delta_kernel<T>, divide_up<int64_t>(rows, kDeltaWarps),
                                  kDeltaWarps * kWarp, 0, stream, *args);
     if (!problem && args->dquery.data) {
       const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
-      const auto kernel = args->dropout.seed ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, false>;
-      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors, out_vectors);
+      const auto kernel =
+          args->dropout.seed ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, false>;
+      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
+                       out_vectors);
     }
     if (!problem && (args->dkey.data || args->dvalue.data)) {
       const int64_t tiles = tiles_of(*args, args->keys, P::kRows);
-      const auto kernel = args->dropout.seed ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, false>;
-      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors, out_vectors);
+      const auto kernel =
+          args->dropout.seed ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, false>;
+      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
+                       out_vectors);
     }
     return problem;
   });

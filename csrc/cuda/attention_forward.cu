@@ -1,13 +1,13 @@
 // softmax(scale Q Kᵀ) V for each sequence and head, dense (N, Q, H, D) or packed (T, H, D) with offsets.
 //
-// Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022): a block owns 64 queries of a head (float32: 32) and
-// walks over the keys in tiles. Each warp keeps the running maximum m and sum l of its 16 queries and the unscaled
-// result in registers; lse = m + log2 l is kept for backward, to base 2, as exp2 wants it. A query that sees no key has
-// l = 0: it gives 0, and lse = inf makes its weights 0 in backward.
+// Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022): a block owns 64 queries of a head (float32:
+// 32) and walks over the keys in tiles. Each warp keeps the running maximum m and sum l of its 16 queries and
+// the unscaled result in registers; lse = m + log2 l is kept for backward, to base 2, as exp2 wants it. A
+// query that sees no key has l = 0: it gives 0, and lse = inf makes its weights 0 in backward.
 //
-// Bytes: q, out and lse once, k and v once for each block of queries, most of it from L2. Operations: 4 Q K D a head,
-// half of it if causal: tiles above the diagonal are never touched, those below it carry no mask. Matrix instructions
-// are the bound. Causal blocks run longest first.
+// Bytes: q, out and lse once, k and v once for each block of queries, most of it from L2. Operations: 4 Q K D
+// a head, half of it if causal: tiles above the diagonal are never touched, those below it carry no mask.
+// Matrix instructions are the bound. Causal blocks run longest first.
 #include "cuda/attention.cuh"
 
 namespace fasttune::cuda {
@@ -15,7 +15,8 @@ namespace {
 
 template <class P, class T, bool kDropout>
 __global__ void __launch_bounds__(P::kThreads)
-    attention_forward_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors, bool out_vectors) {
+    attention_forward_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors,
+                             bool out_vectors) {
   FASTTUNE_DYNAMIC_SHARED(shared);
   T* q_tile = reinterpret_cast<T*>(shared);
   T* k_tiles = q_tile + P::kOwned;
@@ -38,12 +39,14 @@ __global__ void __launch_bounds__(P::kThreads)
 
   const auto stream = [&](int step) {
     const int stage = step % P::kStages, first = step * P::kSteps;
-    load_tile<P, P::kSteps>(k_tiles + stage * P::kStreamed, k_head, args.key.row, first, keys, head_dim, vectors);
-    load_tile<P, P::kSteps>(v_tiles + stage * P::kStreamed, v_head, args.value.row, first, keys, head_dim, vectors);
+    load_tile<P, P::kSteps>(k_tiles + stage * P::kStreamed, k_head, args.key.row, first, keys, head_dim,
+                            vectors);
+    load_tile<P, P::kSteps>(v_tiles + stage * P::kStreamed, v_head, args.value.row, first, keys, head_dim,
+                            vectors);
     cp_async_commit();
   };
-  load_tile<P, P::kRows>(q_tile, head_rows<T>(args.query, args, at), args.query.row, first_query, queries, head_dim,
-                         vectors);
+  load_tile<P, P::kRows>(q_tile, head_rows<T>(args.query, args, at), args.query.row, first_query, queries,
+                         head_dim, vectors);
   if (steps > 0) stream(0);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_query = first_query + 16 * warp_index();
@@ -61,7 +64,7 @@ __global__ void __launch_bounds__(P::kThreads)
       stream(step + 1);
       if (!FASTTUNE_SEEDED(kBugMissingWait)) cp_async_wait<1>();
     } else {
-      if (!FASTTUNE_SEEDED(kBugMissingWait)) cp_async_wait<0>();
+      cp_async_wait<0>();
     }
     if (!FASTTUNE_SEEDED(kBugMissingTileSync)) __syncthreads();
     if constexpr (kDropout)
@@ -86,10 +89,12 @@ __global__ void __launch_bounds__(P::kThreads)
     for (int row = 0; row < 2; ++row) {
       float largest = m[row];
       FASTTUNE_UNROLL
-      for (int j = 0; j < P::kSteps / 8; ++j) largest = fmaxf(largest, fmaxf(s[j][2 * row], s[j][2 * row + 1]));
+      for (int j = 0; j < P::kSteps / 8; ++j)
+        largest = fmaxf(largest, fmaxf(s[j][2 * row], s[j][2 * row + 1]));
       largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-      // A row that has seen no key yet has maximum -inf; subtracting 0 instead keeps its weights at 0, not NaN.
+      // A row that has seen no key yet has maximum -inf; subtracting 0 instead keeps its weights at 0, not
+      // NaN.
       const float shift = largest == -INFINITY ? 0.0f : largest;
       const float rescale = exp2f(m[row] - shift);
       m[row] = largest;
@@ -133,8 +138,8 @@ __global__ void __launch_bounds__(P::kThreads)
     cp_async_wait<0>();
     __syncthreads();
   }
-  store_rows<P>(q_rows, acc, factor, head_rows<T>(args.out, args, at), args.out.row, warp_query, queries, head_dim,
-                out_vectors);
+  store_rows<P>(q_rows, acc, factor, head_rows<T>(args.out, args, at), args.out.row, warp_query, queries,
+                head_dim, out_vectors);
 }
 
 }  // namespace
@@ -146,12 +151,27 @@ extern "C" const char* fasttune_cuda_attention_forward(const fasttune_attention_
     using P = decltype(shape);
     using T = decltype(element);
     const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
-    const size_t shared = sizeof(T) * (P::kOwned + 2 * P::kStages * P::kStreamed + P::kWarps * P::kScratch);
+    const size_t shared = shared_bytes<P, T>(false);
     const bool vectors = in_vectors(args->query, args->head_dim, sizeof(T)) &&
                          in_vectors(args->key, args->head_dim, sizeof(T)) &&
                          in_vectors(args->value, args->head_dim, sizeof(T));
     const bool out_vectors = in_vectors(args->out, args->head_dim, sizeof(T));
-    const auto kernel = args->dropout.seed ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, false>;
-    return launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors, out_vectors);
+    const auto kernel =
+        args->dropout.seed ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, false>;
+    return launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
+                  out_vectors);
   });
+}
+
+extern "C" int64_t fasttune_cuda_attention_shared_bytes(int dtype, int64_t head_dim, int backward) {
+  using namespace fasttune::cuda;
+  fasttune_attention_args args{};
+  args.dtype = dtype;
+  args.head_dim = head_dim;
+  int64_t bytes = -1;
+  with_tiles(args, [&](auto shape, auto element) -> const char* {
+    bytes = static_cast<int64_t>(shared_bytes<decltype(shape), decltype(element)>(backward != 0));
+    return nullptr;
+  });
+  return bytes;
 }

@@ -7,24 +7,27 @@
 //
 //     dx_c = u (p_c ((1 - s) w_y + s / V W) - s / V w_c - [c = y] (1 - s) w_y).
 //
-// exp(lse) is kept as the pair (m, z) with exp(lse) = z exp(m), m the largest logit: p_c = exp(x_c - m) / z then has no
-// rounding error that grows with the logits, as x_c - lse would have. Σ_c w_c (x_c - m) is carried along with them.
+// exp(lse) is kept as the pair (m, z) with exp(lse) = z exp(m), m the largest logit: p_c = exp(x_c - m) / z
+// then has no rounding error that grows with the logits, as x_c - lse would have. Σ_c w_c (x_c - m) is
+// carried along with them.
 //
-// Rows with y = ignore_index have loss 0 and gradient 0, and are not read. A label that lies outside [0, V) and is not
-// ignore_index is never used as an index: the row's loss and gradient are NaN.
+// Rows with y = ignore_index have loss 0 and gradient 0, and are not read. A label that lies outside [0, V)
+// and is not ignore_index is never used as an index: the row's loss and gradient are NaN.
 //
-// Bytes: forward the logits once; backward the logits and the gradient once each, which may be one memory. Operations:
-// about 25 an element each way, half of them in the exponential; memory is the bound.
-// Tiling: a block per row. A thread folds every 256th group of eight classes into its own (m, z), without looking at the
-// others (Milakov and Gimelshein 2018); the pairs are merged once at the end. Vocabularies are seldom multiples of 8
-// (50257): the groups start at a row's 16-byte boundary, not at class 0, and only the ends of a row are read singly.
+// Bytes: forward the logits once; backward the logits and the gradient once each, which may be one memory.
+// Operations: about 25 an element each way, half of them in the exponential; memory is the bound. Tiling: a
+// block per row. A thread folds every 256th group of eight classes into its own (m, z), without looking at
+// the others (Milakov and Gimelshein 2018); the pairs are merged once at the end. Vocabularies are seldom
+// multiples of 8 (50257): the groups start at a row's 16-byte boundary, not at class 0, and only the ends of
+// a row are read singly.
 #include "cuda/vector.cuh"
 
 namespace fasttune::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
-constexpr float kLowest = -3.402823466e+38f;  // finite, so that classes masked by -inf add nothing instead of NaN
+constexpr float kLowest =
+    -3.402823466e+38f;  // finite, so that classes masked by -inf add nothing instead of NaN
 
 // Of some classes of a row: the largest logit m, Σ exp(x - m), Σ w (x - m), Σ w.
 struct Softmax {
@@ -115,8 +118,8 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const fasttune_
   args.statistics[2 * row + 1] = softmax.sum;
 }
 
-// The sum of all losses and of the labels' weights: one block, in a fixed order, in float64 so that it does not matter
-// how many rows there are.
+// The sum of all losses and of the labels' weights: one block, in a fixed order, in float64 so that it does
+// not matter how many rows there are.
 constexpr int kSumThreads = 512;
 
 __global__ void __launch_bounds__(kSumThreads) loss_sum_kernel(const fasttune_cross_entropy_args args) {
@@ -162,7 +165,8 @@ __global__ void __launch_bounds__(kThreads)
   const float slope = fmaf(spread, weights, hit) / args.statistics[2 * row + 1];
   const int64_t shift = past_boundary(logits);
   const bool same_boundaries = shift == past_boundary(static_cast<const T*>(gradient));
-  for (int64_t c = kVector * static_cast<int64_t>(threadIdx.x) - shift; c < classes; c += kVector * kThreads) {
+  for (int64_t c = kVector * static_cast<int64_t>(threadIdx.x) - shift; c < classes;
+       c += kVector * kThreads) {
     float x[kVector] = {};
     if (!ignored) {
       load8(logits, c, classes, true, x);
@@ -192,7 +196,8 @@ extern "C" const char* fasttune_cuda_cross_entropy(const fasttune_cross_entropy_
 extern "C" const char* fasttune_cuda_cross_entropy_backward(const fasttune_cross_entropy_backward_args* args,
                                                             void* stream) {
   using namespace fasttune::cuda;
-  FASTTUNE_WITH_CUDA_DTYPE(args->dtype, T,
-                           return launch(cross_entropy_backward_kernel<T>, args->rows, kThreads, 0, stream, *args));
+  FASTTUNE_WITH_CUDA_DTYPE(
+      args->dtype, T,
+      return launch(cross_entropy_backward_kernel<T>, args->rows, kThreads, 0, stream, *args));
   return nullptr;
 }

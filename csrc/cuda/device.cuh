@@ -1,7 +1,8 @@
 // What every kernel file starts from: CUDA's types, shared memory, launches, and errors as sentences.
 //
-// The same sources run on the host: tests/cuda_host compiles them with FASTTUNE_CUDA_HOST and a header that emulates
-// threads, barriers, shuffles and the instructions of mma.cuh. So shared memory and launches go through the names here.
+// The same sources run on the host: tests/cuda_host compiles them with FASTTUNE_CUDA_HOST and a header that
+// emulates threads, barriers, shuffles and the instructions of mma.cuh. So shared memory and launches go
+// through the names here.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,6 +21,7 @@
 #endif
 
 #define FASTTUNE_UNROLL _Pragma("unroll")
+#define FASTTUNE_NO_UNROLL _Pragma("unroll 1")
 
 namespace fasttune::cuda {
 
@@ -39,22 +41,23 @@ inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>
 
 // Enqueues kernel(args...). Returns null, or why it was not launched.
 template <class... Parameters, class... Args>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
-                   const Args&... args) {
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+                   void* stream, const Args&... args) {
   if (blocks <= 0) return nullptr;
   if (blocks > kMaxBlocks) return "the tensor needs more thread blocks than a grid may have (2147483647)";
 #ifdef FASTTUNE_CUDA_HOST
   (void)stream;
-  host::run(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, [&] { kernel(args...); });
+  host::run(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes,
+            [&] { kernel(args...); });
   return nullptr;
 #else
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes,
-           static_cast<cudaStream_t>(stream)>>>(args...);
+           static_cast<cudaStream_t>(stream)> > >(args...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif

@@ -1,11 +1,11 @@
 // out = GELU(x + bias) over (rows, columns), by erf or tanh.
 //
-// Backward: dx = dout GELU'(x + bias), recomputed from x (nothing but x and bias is saved), dbias = Σ_rows dx.
-// Bytes: forward x and out once each, backward dout, x and dx once each. Operations: about 20 an element forward, 30
-// backward; memory is the bound.
-// Tiling: a block covers 256 columns, a warp one row of them at a time. The bias is read once per warp and kept in
-// registers. Backward, the grid is persistent: a block strides over the rows, its sums for dbias stay in registers, the
-// warps' are added in shared memory in a fixed order, and column_sums.cuh adds the blocks'.
+// Backward: dx = dout GELU'(x + bias), recomputed from x (nothing but x and bias is saved), dbias = Σ_rows
+// dx. Bytes: forward x and out once each, backward dout, x and dx once each. Operations: about 20 an element
+// forward, 30 backward; memory is the bound. Tiling: a block covers 256 columns, a warp one row of them at a
+// time. The bias is read once per warp and kept in registers. Backward, the grid is persistent: a block
+// strides over the rows, its sums for dbias stay in registers, the warps' are added in shared memory in a
+// fixed order, and column_sums.cuh adds the blocks'.
 #include "cuda/column_sums.cuh"
 #include "cuda/gelu_math.cuh"
 #include "cuda/vector.cuh"
@@ -37,9 +37,10 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
     bias_gelu_backward_kernel(const fasttune_bias_gelu_backward_args args, bool aligned) {
-  FASTTUNE_SHARED(float, scratch, kWarps * kWarpColumns);
+  FASTTUNE_SHARED(float, scratch, kWarps* kWarpColumns);
   const int64_t columns = args.columns, blocks_of_columns = divide_up<int64_t>(columns, kWarpColumns);
-  const int64_t first = blockIdx.x % blocks_of_columns * kWarpColumns, column = first + kVector * lane_index();
+  const int64_t first = blockIdx.x % blocks_of_columns * kWarpColumns,
+                column = first + kVector * lane_index();
   const int64_t block = blockIdx.x / blocks_of_columns, blocks = gridDim.x / blocks_of_columns;
   const bool tanh = args.gelu == FASTTUNE_GELU_TANH;
   float bias[kVector], dbias[kVector] = {};
@@ -59,7 +60,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   }
   if (!args.dbias) return;
   FASTTUNE_UNROLL
-  for (int i = 0; i < kVector; ++i) scratch[warp_index() * kWarpColumns + kVector * lane_index() + i] = dbias[i];
+  for (int i = 0; i < kVector; ++i)
+    scratch[warp_index() * kWarpColumns + kVector * lane_index() + i] = dbias[i];
   __syncthreads();
   const int64_t mine = first + threadIdx.x;  // 256 threads, 256 columns
   if (mine >= columns) return;
@@ -78,8 +80,8 @@ extern "C" const char* fasttune_cuda_bias_gelu(const fasttune_bias_gelu_args* ar
   const int64_t blocks =
       divide_up<int64_t>(args->columns, kWarpColumns) * divide_up<int64_t>(args->rows, kWarps * kRowsPerWarp);
   const bool aligned = rows_are_aligned(args->columns, args->x, args->bias, args->out);
-  FASTTUNE_WITH_CUDA_DTYPE(args->dtype, T,
-                           return launch(bias_gelu_kernel<T>, blocks, kWarps * kWarp, 0, stream, *args, aligned));
+  FASTTUNE_WITH_CUDA_DTYPE(
+      args->dtype, T, return launch(bias_gelu_kernel<T>, blocks, kWarps * kWarp, 0, stream, *args, aligned));
   return nullptr;
 }
 
@@ -91,7 +93,8 @@ extern "C" int64_t fasttune_cuda_bias_gelu_partials(int64_t rows, int64_t column
   return wanted < most ? wanted : most;
 }
 
-extern "C" const char* fasttune_cuda_bias_gelu_backward(const fasttune_bias_gelu_backward_args* args, void* stream) {
+extern "C" const char* fasttune_cuda_bias_gelu_backward(const fasttune_bias_gelu_backward_args* args,
+                                                        void* stream) {
   using namespace fasttune::cuda;
   const int64_t blocks = divide_up<int64_t>(args->columns, kWarpColumns) * args->partials;
   const bool aligned = rows_are_aligned(args->columns, args->x, args->dout, args->bias, args->dx);
@@ -100,5 +103,6 @@ extern "C" const char* fasttune_cuda_bias_gelu_backward(const fasttune_bias_gelu
       args->dtype, T,
       problem = launch(bias_gelu_backward_kernel<T>, blocks, kWarps * kWarp, 0, stream, *args, aligned));
   if (problem || !args->dbias) return problem;
-  return column_sums(args->dbias_partial, args->dbias, args->bias_dtype, args->partials, args->columns, stream);
+  return column_sums(args->dbias_partial, args->dbias, args->bias_dtype, args->partials, args->columns,
+                     stream);
 }

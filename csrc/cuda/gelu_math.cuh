@@ -1,6 +1,6 @@
-// GELU(x) = x Φ(x) and its derivative, in the erf form and in the tanh form (Hendrycks and Gimpel, "Gaussian Error
-// Linear Units", 2016). Φ comes from erfc and 1 + tanh from an exponential, so that the left tail, where 1 + erf and
-// 1 + tanh cancel, keeps its relative precision.
+// GELU(x) = x Φ(x) and its derivative, in the erf form and in the tanh form (Hendrycks and Gimpel, "Gaussian
+// Error Linear Units", 2016). Φ comes from erfc and 1 + tanh from an exponential, so that the left tail,
+// where 1 + erf and 1 + tanh cancel, keeps its relative precision.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -24,7 +24,8 @@ __device__ __forceinline__ float gelu(float x, bool tanh) {
 
 // gelu(x), and in `slope` its derivative.
 //   erf:  Φ(x) + x e^(-x²/2) / √(2π)
-//   tanh: g + x g (1 - g) (2v)', with 1 - g = g e^(-2v) (no cancellation) and (2v)' = √(8/π) (1 + 3 * 0.044715 x²)
+//   tanh: g + x g (1 - g) (2v)', with 1 - g = g e^(-2v) (no cancellation) and (2v)' = √(8/π) (1 + 3 *
+//   0.044715 x²)
 __device__ __forceinline__ float gelu_with_slope(float x, bool tanh, float* slope) {
   const float inside = gelu_clamp(x);
   float gate;

@@ -36,7 +36,8 @@ extern "C" const char* fasttune_cuda_layer_norm(const fasttune_layer_norm_args* 
   });
 }
 
-extern "C" const char* fasttune_cuda_layer_norm_backward(const fasttune_layer_norm_backward_args* args, void* stream) {
+extern "C" const char* fasttune_cuda_layer_norm_backward(const fasttune_layer_norm_backward_args* args,
+                                                         void* stream) {
   using namespace fasttune::cuda;
   return with_types(args->dtype, args->x_dtype, [&](auto* x, auto* t) {
     return layer_norm_backward<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(t)>,

@@ -1,4 +1,5 @@
-// The row loops of every layer normalisation. With s the input of the norm (dropout(x) + residual, GELU(x), or x),
+// The row loops of every layer normalisation. With s the input of the norm (dropout(x) + residual, GELU(x),
+// or x),
 //
 //   mean = Σ s / C     var = Σ (s - mean)² / C     r = 1 / √(var + eps)     h = (s - mean) r     z = h w + b
 //
@@ -9,16 +10,17 @@
 //
 // since ∂h_i/∂s_j = r (δ_ij - 1/C - h_i h_j / C). Means run over the C columns of a row.
 //
-// Bytes: each tensor of (rows, columns) once each way; weights and statistics are small beside them. Operations: about
-// 10 an element, 30 with GELU, 11 more with dropout; memory is the bound.
+// Bytes: each tensor of (rows, columns) once each way; weights and statistics are small beside them.
+// Operations: about 10 an element, 30 with GELU, 11 more with dropout; memory is the bound.
 //
-// Tiling: a row lies in the registers of a group of warps, eight consecutive columns per thread and chunk, so that it is
-// read once, in 16-byte accesses, and its statistics are exact two-pass ones. Up to 4096 columns the group grows with
-// the row (one warp per 256 columns, one chunk), beyond that 16 warps take up to four chunks. Narrow rows share a block.
-// The variance is the corrected two-pass one (Chan, Golub and LeVeque 1983): deviations from the rounded mean, whose own
-// mean repairs it, so rows that lie far from 0 lose nothing.
-// Backward, the grid is persistent: each thread keeps the weights of its columns and its sums for dw and db in registers
-// over all its rows, each group leaves one row of partial sums, and column_sums.cuh adds them up. No atomics.
+// Tiling: a row lies in the registers of a group of warps, eight consecutive columns per thread and chunk, so
+// that it is read once, in 16-byte accesses, and its statistics are exact two-pass ones. Up to 4096 columns
+// the group grows with the row (one warp per 256 columns, one chunk), beyond that 16 warps take up to four
+// chunks. Narrow rows share a block. The variance is the corrected two-pass one (Chan, Golub and LeVeque
+// 1983): deviations from the rounded mean, whose own mean repairs it, so rows that lie far from 0 lose
+// nothing. Backward, the grid is persistent: each thread keeps the weights of its columns and its sums for dw
+// and db in registers over all its rows, each group leaves one row of partial sums, and column_sums.cuh adds
+// them up. No atomics.
 #pragma once
 #include "cuda/column_sums.cuh"
 #include "cuda/gelu_math.cuh"
@@ -63,7 +65,9 @@ struct NormThread {
   __device__ __forceinline__ int64_t warp_column(int chunk) const {
     return (static_cast<int64_t>(chunk) * warps + warp_index() % warps) * kWarpColumns;
   }
-  __device__ __forceinline__ int64_t column(int chunk) const { return warp_column(chunk) + kVector * lane_index(); }
+  __device__ __forceinline__ int64_t column(int chunk) const {
+    return warp_column(chunk) + kVector * lane_index();
+  }
 };
 
 // X: x's type, T: the type of everything else in memory but the parameters.
@@ -84,14 +88,14 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
     const int64_t column = me.column(chunk);
     float residual[kVector] = {};
     load8(static_cast<const X*>(args.x) + offset, column, width, aligned, s[chunk]);
-    if (args.residual)
-      load8(static_cast<const T*>(args.residual) + offset, column, width, aligned, residual);
+    if (args.residual) load8(static_cast<const T*>(args.residual) + offset, column, width, aligned, residual);
     if (args.dropout.seed) {
       const DropoutKey dropout = dropout_key(args.dropout);
       const int64_t id = args.dropout.row_ids && inside ? args.dropout.row_ids[row] : row;
       const uint32_t dropped = dropped_columns(dropout, static_cast<uint64_t>(id), me.warp_column(chunk));
       FASTTUNE_UNROLL
-      for (int i = 0; i < kVector; ++i) s[chunk][i] = (dropped >> i) & 1u ? 0.0f : s[chunk][i] * dropout.scale;
+      for (int i = 0; i < kVector; ++i)
+        s[chunk][i] = (dropped >> i) & 1u ? 0.0f : s[chunk][i] * dropout.scale;
     }
     FASTTUNE_UNROLL
     for (int i = 0; i < kVector; ++i) {
@@ -99,7 +103,8 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
       if constexpr (kActivation == Activation::before)
         s[chunk][i] = gelu(s[chunk][i], tanh);
       else
-        s[chunk][i] = as_stored<T>(s[chunk][i]);  // normalise what backward will read, whether or not it is stored now
+        s[chunk][i] =
+            as_stored<T>(s[chunk][i]);  // normalise what backward will read, whether or not it is stored now
       sums.x += s[chunk][i];
     }
     if (kActivation == Activation::none && args.sum)
@@ -144,7 +149,8 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
 
 template <class X, class T, Activation kActivation, int kChunks>
 __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
-    layer_norm_backward_kernel(const fasttune_layer_norm_backward_args args, const NormShape shape, bool aligned) {
+    layer_norm_backward_kernel(const fasttune_layer_norm_backward_args args, const NormShape shape,
+                               bool aligned) {
   FASTTUNE_SHARED(float2, scratch, kMaxGroupWarps);
   const NormThread me(shape);
   const int64_t columns = args.columns;
@@ -152,13 +158,14 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
   const bool tanh = args.gelu == FASTTUNE_GELU_TANH;
   float dweight[kChunks][kVector] = {}, dbias[kChunks][kVector] = {};
 
-  // All groups of a block make the same number of rounds, because they meet at barriers; a group whose rows have run out
-  // reads zeros and writes nothing.
+  // All groups of a block make the same number of rounds, because they meet at barriers; a group whose rows
+  // have run out reads zeros and writes nothing.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * shape.rows; first < args.rows; first += me.stride) {
     const int64_t row = first + me.group;
     const bool inside = row < args.rows;
     const int64_t width = inside ? columns : 0, offset = inside ? row * columns : 0;
-    const float mean = inside ? args.statistics[row] : 0.0f, rstd = inside ? args.statistics[args.rows + row] : 0.0f;
+    const float mean = inside ? args.statistics[row] : 0.0f,
+                rstd = inside ? args.statistics[args.rows + row] : 0.0f;
     float h[kChunks][kVector], g[kChunks][kVector], slope[kChunks][kVector];
     float2 sums = make_float2(0.0f, 0.0f);
     FASTTUNE_UNROLL
@@ -208,33 +215,40 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
         const int64_t id = args.dropout.row_ids && inside ? args.dropout.row_ids[row] : row;
         const uint32_t dropped = dropped_columns(dropout, static_cast<uint64_t>(id), me.warp_column(chunk));
         FASTTUNE_UNROLL
-        for (int i = 0; i < kVector; ++i) g[chunk][i] = (dropped >> i) & 1u ? 0.0f : g[chunk][i] * dropout.scale;
+        for (int i = 0; i < kVector; ++i)
+          g[chunk][i] = (dropped >> i) & 1u ? 0.0f : g[chunk][i] * dropout.scale;
       }
       store8(static_cast<X*>(args.dx) + offset, column, width, aligned, g[chunk]);
     }
   }
 
-  const int64_t partial = me.first_row * columns;  // the groups of the grid are numbered as its first rows are
+  const int64_t partial =
+      me.first_row * columns;  // the groups of the grid are numbered as its first rows are
   FASTTUNE_UNROLL
   for (int chunk = 0; chunk < kChunks; ++chunk) {
-    if (args.dweight) store8(args.dweight_partial + partial, me.column(chunk), columns, aligned, dweight[chunk]);
+    if (args.dweight)
+      store8(args.dweight_partial + partial, me.column(chunk), columns, aligned, dweight[chunk]);
     if (args.dbias) store8(args.dbias_partial + partial, me.column(chunk), columns, aligned, dbias[chunk]);
   }
 }
 
 inline const char* too_wide(int64_t columns) {
-  return columns > FASTTUNE_CUDA_MAX_NORM_COLUMNS ? "rows of more than 16384 columns do not fit into registers" : nullptr;
+  return columns > FASTTUNE_CUDA_MAX_NORM_COLUMNS
+             ? "rows of more than 16384 columns do not fit into registers"
+             : nullptr;
 }
 
 template <class X, class T, Activation kActivation>
 const char* layer_norm_forward(const fasttune_layer_norm_args& args, void* stream) {
   if (const char* problem = too_wide(args.columns)) return problem;
   const NormShape shape = norm_shape(args.columns);
-  const bool aligned = rows_are_aligned(args.columns, args.x, args.residual, args.weight, args.bias, args.out, args.sum);
+  const bool aligned =
+      rows_are_aligned(args.columns, args.x, args.residual, args.weight, args.bias, args.out, args.sum);
   const auto kernel = args.columns <= kMaxGroupWarps * kWarpColumns
                           ? layer_norm_kernel<X, T, kActivation, 1>
                           : layer_norm_kernel<X, T, kActivation, kManyChunks>;
-  return launch(kernel, divide_up<int64_t>(args.rows, shape.rows), shape.threads(), 0, stream, args, shape, aligned);
+  return launch(kernel, divide_up<int64_t>(args.rows, shape.rows), shape.threads(), 0, stream, args, shape,
+                aligned);
 }
 
 template <class X, class T, Activation kActivation>
@@ -250,9 +264,11 @@ const char* layer_norm_backward(const fasttune_layer_norm_backward_args& args, v
   const char* problem =
       launch(kernel, args.partials / shape.rows, shape.threads(), 0, stream, args, shape, aligned);
   if (!problem && args.dweight)
-    problem = column_sums(args.dweight_partial, args.dweight, args.weight_dtype, args.partials, args.columns, stream);
+    problem = column_sums(args.dweight_partial, args.dweight, args.weight_dtype, args.partials, args.columns,
+                          stream);
   if (!problem && args.dbias)
-    problem = column_sums(args.dbias_partial, args.dbias, args.bias_dtype, args.partials, args.columns, stream);
+    problem =
+        column_sums(args.dbias_partial, args.dbias, args.bias_dtype, args.partials, args.columns, stream);
   return problem;
 }
 

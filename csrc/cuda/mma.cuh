@@ -1,11 +1,15 @@
 // The instructions of sm_80 that attention is made of, each with the layout it expects. With lane = 4 g + t:
 //
-//   mma.m16n8k16   A 16 x 16: a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t + 8..)
-//                  B 16 x 8:  b0 = (2t.., g), b1 = (2t + 8.., g)        C 16 x 8: c[0..1] = (g, 2t..), c[2..3] = (g + 8, 2t..)
-//                  where "2t.." are two consecutive elements in one register. C is float32.
-//   ldmatrix.x4    four 8 x 8 matrices of 16-bit elements from shared memory; lane i passes the address of row i % 8 of
+//   mma.m16n8k16   A 16 x 16: a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t
+//   + 8..)
+//                  B 16 x 8:  b0 = (2t.., g), b1 = (2t + 8.., g)        C 16 x 8: c[0..1] = (g, 2t..),
+//                  c[2..3] = (g + 8, 2t..) where "2t.." are two consecutive elements in one register. C is
+//                  float32.
+//   ldmatrix.x4    four 8 x 8 matrices of 16-bit elements from shared memory; lane i passes the address of
+//   row i % 8 of
 //                  matrix i / 8, and gets elements (g, 2t..) of matrix j in r[j]; transposed: (2t.., g).
-//   cp.async       16 bytes from global to shared memory, which arrive at some time before the wait for their group.
+//   cp.async       16 bytes from global to shared memory, which arrive at some time before the wait for their
+//   group.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -35,7 +39,8 @@ template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"

@@ -1,8 +1,8 @@
 // The shared dropout generator (docs/dropout.md) on the device, bit for bit the C++ and the reference.
 //
-// A counter gives eight 16-bit uniforms, for the eight columns 16 apart of a block of 128 whose number modulo 16 is the
-// counter's. Their decisions are a byte: bit k for column 128 * block + 16 * k + counter % 16. Philox costs about 90
-// integer operations, so 11 per element, as long as all eight bits of a byte are used.
+// A counter gives eight 16-bit uniforms, for the eight columns 16 apart of a block of 128 whose number modulo
+// 16 is the counter's. Their decisions are a byte: bit k for column 128 * block + 16 * k + counter % 16.
+// Philox costs about 90 integer operations, so 11 per element, as long as all eight bits of a byte are used.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -23,8 +23,8 @@ __device__ __forceinline__ DropoutKey dropout_key(const fasttune_dropout_options
 }
 
 // Bit k: is column 128 * (counter / 16) + 16 * k + counter % 16 at (c1, c2, domain) dropped?
-__device__ __forceinline__ uint32_t dropped_bits(const DropoutKey& dropout, uint32_t counter, uint32_t c1, uint32_t c2,
-                                                 uint32_t domain) {
+__device__ __forceinline__ uint32_t dropped_bits(const DropoutKey& dropout, uint32_t counter, uint32_t c1,
+                                                 uint32_t c2, uint32_t domain) {
   uint32_t x0 = counter, x1 = c1, x2 = c2, x3 = domain, key0 = dropout.key0, key1 = dropout.key1;
   FASTTUNE_UNROLL
   for (int round = 0; round < 10; ++round) {
@@ -47,15 +47,17 @@ __device__ __forceinline__ uint32_t dropped_bits(const DropoutKey& dropout, uint
   return bits;
 }
 
-// Elementwise dropout of the 256 columns from `first` (a multiple of 256) on that a warp holds, eight consecutive ones
-// per lane: bit k says whether column first + 8 * lane + k of that row is dropped. All lanes of the warp call it.
+// Elementwise dropout of the 256 columns from `first` (a multiple of 256) on that a warp holds, eight
+// consecutive ones per lane: bit k says whether column first + 8 * lane + k of that row is dropped. All lanes
+// of the warp call it.
 //
-// Each lane evaluates one counter, whose eight columns belong to eight lanes; eight ballots hand the bits round: ballot
-// k holds columns 16 * k to 16 * k + 15 of two blocks of 128, in its lower and upper half.
+// Each lane evaluates one counter, whose eight columns belong to eight lanes; eight ballots hand the bits
+// round: ballot k holds columns 16 * k to 16 * k + 15 of two blocks of 128, in its lower and upper half.
 __device__ __forceinline__ uint32_t dropped_columns(const DropoutKey& dropout, uint64_t row, int64_t first) {
   const int lane = lane_index();
-  const uint32_t bits = dropped_bits(dropout, static_cast<uint32_t>(first / 8) + lane, static_cast<uint32_t>(row),
-                                     static_cast<uint32_t>(row >> 32), kElementwiseDomain);
+  const uint32_t bits =
+      dropped_bits(dropout, static_cast<uint32_t>(first / 8) + lane, static_cast<uint32_t>(row),
+                   static_cast<uint32_t>(row >> 32), kElementwiseDomain);
   uint32_t mine = 0;
   FASTTUNE_UNROLL
   for (int k = 0; k < 8; ++k) {

@@ -16,8 +16,8 @@ __device__ __forceinline__ float2 warp_sum(float2 value) {
   return make_float2(warp_sum(value.x), warp_sum(value.y));
 }
 
-// The sum over `warps` consecutive warps, group * warps to (group + 1) * warps - 1, for every thread of them. All
-// threads of the block call it with one `warps`. scratch: one element per warp of the block.
+// The sum over `warps` consecutive warps, group * warps to (group + 1) * warps - 1, for every thread of them.
+// All threads of the block call it with one `warps`. scratch: one element per warp of the block.
 __device__ __forceinline__ float2 group_sum(float2 value, int group, int warps, float2* scratch) {
   value = warp_sum(value);
   if (warps == 1) return value;

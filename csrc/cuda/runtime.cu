@@ -8,5 +8,6 @@ extern "C" const char* fasttune_cuda_problem(void) {
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  return major >= 8 ? nullptr : "the device is older than compute capability 8.0, for which the kernels are built";
+  return major >= 8 ? nullptr
+                    : "the device is older than compute capability 8.0, for which the kernels are built";
 }

@@ -1,5 +1,6 @@
-// Eight consecutive elements of a row: the unit in which the row-wise kernels read and write. A warp covers 256 columns
-// with one such access of each lane: one 16-byte access per lane for 16-bit types, two for float32.
+// Eight consecutive elements of a row: the unit in which the row-wise kernels read and write. A warp covers
+// 256 columns with one such access of each lane: one 16-byte access per lane for 16-bit types, two for
+// float32.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -38,7 +39,8 @@ struct alignas(16) Packed {
   T values[kVector];
 };
 
-// columns [column, column + 8) of a row, zeros outside [0, columns). aligned: row + column is on a 16-byte boundary.
+// columns [column, column + 8) of a row, zeros outside [0, columns). aligned: row + column is on a 16-byte
+// boundary.
 template <class T>
 __device__ __forceinline__ void load8(const T* row, int64_t column, int64_t columns, bool aligned,
                                       float (&out)[kVector]) {
@@ -75,7 +77,8 @@ __device__ __forceinline__ void store8(T* row, int64_t column, int64_t columns, 
   FASTTUNE_UNROLL
   for (int i = 0; i < kVector; ++i) {
     const int64_t c = column + i;
-    if (c >= 0 && (c < columns || (FASTTUNE_SEEDED(kBugOffByOne) && c == columns))) row[c] = from_float<T>(in[i]);
+    if (c >= 0 && (c < columns || (FASTTUNE_SEEDED(kBugOffByOne) && c == columns)))
+      row[c] = from_float<T>(in[i]);
   }
 }
 

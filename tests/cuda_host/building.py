@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HARNESS = ROOT / "tests" / "cuda_host"
 OUT = ROOT / "build" / "cuda_host"
 
-# The host's compiler is asked for the arithmetic that the sources write: no contraction beyond fmaf, so that every build
-# gives the same bits. Fortified longjmp would refuse to switch fibers.
+# The host's compiler is asked for the arithmetic that the sources write, no contraction beyond fmaf, so that every
+# build gives the same bits. A fortified longjmp would refuse to switch fibers.
 FLAGS = [
     *("-std=c++20", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-pthread", "-DFASTTUNE_CUDA_HOST"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
@@ -34,7 +34,12 @@ BUILDS = {
 def cuda_include() -> Path | None:
     """The folder of CUDA's headers, or None."""
     nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).parents[1], "/usr/local/cuda"]
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        nvcc and Path(nvcc).parents[1],
+        "/usr/local/cuda",
+    ]
     for home in homes:
         if home and (Path(home) / "include" / "cuda_runtime.h").is_file():
             return Path(home) / "include"

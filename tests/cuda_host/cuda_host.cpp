@@ -34,7 +34,8 @@ extern "C" const char* fasttune_cuda_problem(void) { return nullptr; }
 namespace fasttune::cuda::host {
 namespace {
 
-// Hides from ThreadSanitizer what happens in its scope: the means of the emulation, not the program's own doing.
+// Hides from ThreadSanitizer what happens in its scope: the means of the emulation, not the program's own
+// doing.
 struct Hidden {
 #ifdef __SANITIZE_THREAD__
   Hidden() {
@@ -110,7 +111,8 @@ std::vector<unsigned> permutation(unsigned count, unsigned salt) {
   std::vector<unsigned> result(count);
   for (unsigned i = 0; i < count; ++i) result[i] = i;
   if (order == 1) std::reverse(result.begin(), result.end());
-  if (order > 1) std::shuffle(result.begin(), result.end(), std::mt19937(static_cast<unsigned>(order) + salt));
+  if (order > 1)
+    std::shuffle(result.begin(), result.end(), std::mt19937(static_cast<unsigned>(order) + salt));
   return result;
 }
 
@@ -125,7 +127,8 @@ void meet(Barrier& barrier, unsigned expected) {
     barrier.complete.notify_all();
     return;
   }
-  if (!barrier.complete.wait_for(held, std::chrono::seconds(120), [&] { return barrier.generation != generation; }))
+  if (!barrier.complete.wait_for(held, std::chrono::seconds(120),
+                                 [&] { return barrier.generation != generation; }))
     fail("a barrier waits for threads that do not come");
 }
 
@@ -218,7 +221,8 @@ void run_blocks(unsigned blocks, unsigned count, const std::function<void()>& ke
   for (unsigned block : permutation(blocks, 1)) {
     blockIdx = make_uint3(block, 0, 0);
     start_block();
-    for (unsigned i = 0; i < count; ++i) fibers[i].started = fibers[i].done = false, fibers[i].waits_for = nullptr;
+    for (unsigned i = 0; i < count; ++i)
+      fibers[i].started = fibers[i].done = false, fibers[i].waits_for = nullptr;
     unsigned left = count;
     while (left > 0) {
       bool any = false;
@@ -254,7 +258,8 @@ void check_mask(unsigned mask) {
 float half_to_float(uint16_t bits) {
   static const std::vector<float> table = [] {
     std::vector<float> values(65536);
-    for (unsigned i = 0; i < 65536; ++i) values[i] = __half2float(std::bit_cast<__half>(static_cast<uint16_t>(i)));
+    for (unsigned i = 0; i < 65536; ++i)
+      values[i] = __half2float(std::bit_cast<__half>(static_cast<uint16_t>(i)));
     return values;
   }();
   return table[bits];
@@ -317,20 +322,21 @@ const unsigned char (*exchange(unsigned mask, const void* value, size_t bytes))[
   return slots;
 }
 
+void read_slot(const unsigned char (*slots)[32], unsigned lane, void* value, size_t bytes) {
+  const Hidden hidden;
+  std::memcpy(value, slots[lane], bytes);
+}
+
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix reads from an address that is no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    fail("ldmatrix reads from an address that is no multiple of 16");
   const auto slots = exchange(kFullWarp, &row, sizeof(row));
   const unsigned g = lane() / 4, t = lane() % 4;
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
     for (unsigned i = 0; i < 2; ++i) {
       const unsigned line = transposed ? 2 * t + i : g, column = transposed ? g : 2 * t + i;
-      const void* from;
-      {
-        const Hidden hidden;
-        from = from_slot<const void*>(slots, 8 * matrix + line);
-      }
-      pair[i] = static_cast<const uint16_t*>(from)[column];
+      pair[i] = static_cast<const uint16_t*>(from_slot<const void*>(slots, 8 * matrix + line))[column];
     }
     r[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
   }

@@ -3,15 +3,18 @@
 //
 // The threads of a block are
 //   fibers       (default) one at a time on one OS thread, switched at barriers and warp operations: fast and
-//                deterministic. The order of threads, warps and blocks can be permuted: results must not depend on it.
-//   OS threads   (FASTTUNE_CUDA_HOST_THREADS) one per CUDA thread, so that ThreadSanitizer is a checker of races in
+//                deterministic. The order of threads, warps and blocks can be permuted: results must not
+//                depend on it.
+//   OS threads   (FASTTUNE_CUDA_HOST_THREADS) one per CUDA thread, so that ThreadSanitizer is a checker of
+//   races in
 //                shared and global memory within a block.
 // Blocks run one after another.
 //
-// What a GPU leaves undefined is made visible: shared memory starts every block as NaN; a cp.async poisons its target
-// when it is issued and copies when it is waited for, and not before; shuffles, ldmatrix and mma order nothing in memory
-// (only __syncwarp and __syncthreads do, for ThreadSanitizer too); misaligned vector accesses, calls from outside a
-// mask, threads that leave while others wait, and copies that nobody waits for end the process with a message.
+// What a GPU leaves undefined is made visible: shared memory starts every block as NaN; a cp.async poisons
+// its target when it is issued and copies when it is waited for, and not before; shuffles, ldmatrix and mma
+// order nothing in memory (only __syncwarp and __syncthreads do, for ThreadSanitizer too); misaligned vector
+// accesses, calls from outside a mask, threads that leave while others wait, and copies that nobody waits for
+// end the process with a message.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -43,7 +46,7 @@ constexpr int kBugUnorderedReduction = 2;  // reduce.cuh: no barrier before the 
 constexpr int kBugOffByOne = 3;            // vector.cuh: one column too many is written
 constexpr int kBugWrongFragment = 4;       // attention.cuh: two registers of an mma operand are mixed up
 constexpr int kBugMissingWait = 5;         // attention_forward.cu: a tile is read before it has arrived
-constexpr int kBugMissingTileSync = 6;     // attention_forward.cu: a tile is read that other threads are writing
+constexpr int kBugMissingTileSync = 6;  // attention_forward.cu: a tile is read that other threads are writing
 
 namespace host {
 
@@ -65,15 +68,17 @@ struct Shared {
 void sync_threads();
 void sync_warp(unsigned mask);
 
-// Publishes `bytes` (at most 32) of this lane and returns once all lanes of the mask have: 32 slots of 32 bytes, valid
-// until this lane's next exchange with that mask. Orders no other memory.
+// Publishes `bytes` (at most 32) of this lane and returns once all lanes of the mask have: 32 slots of 32
+// bytes, valid until this lane's next exchange with that mask. Orders no other memory.
 const unsigned char (*exchange(unsigned mask, const void* value, size_t bytes))[32];
+
+void read_slot(const unsigned char (*slots)[32], unsigned lane, void* value, size_t bytes);
 
 template <class T>
 T from_slot(const unsigned char (*slots)[32], unsigned lane) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 32);
   T value;
-  std::memcpy(&value, slots[lane], sizeof(T));
+  read_slot(slots, lane, &value, sizeof(T));
   return value;
 }
 
@@ -101,7 +106,9 @@ template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host::multiply_accumulate(c, a, b0, b1, std::is_same_v<T, __half>);
 }
-inline void cp_async(void* shared, const void* global, bool valid) { host::copy_async(shared, global, valid); }
+inline void cp_async(void* shared, const void* global, bool valid) {
+  host::copy_async(shared, global, valid);
+}
 inline void cp_async_commit() { host::copy_commit(); }
 template <int kPending>
 void cp_async_wait() {
@@ -115,7 +122,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { fasttune::cuda::host::sync
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int offset) {
-  return fasttune::cuda::host::shuffle(mask, value, fasttune::cuda::host::lane() ^ static_cast<unsigned>(offset));
+  return fasttune::cuda::host::shuffle(mask, value,
+                                       fasttune::cuda::host::lane() ^ static_cast<unsigned>(offset));
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned offset) {
@@ -126,6 +134,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const auto slots = fasttune::cuda::host::exchange(mask, &predicate, sizeof(predicate));
   unsigned result = 0;
   for (unsigned i = 0; i < 32; ++i)
-    if ((mask >> i) & 1u) result |= static_cast<unsigned>(fasttune::cuda::host::from_slot<int>(slots, i) != 0) << i;
+    if ((mask >> i) & 1u)
+      result |= static_cast<unsigned>(fasttune::cuda::host::from_slot<int>(slots, i) != 0) << i;
   return result;
 }

@@ -1,8 +1,8 @@
-// Runs every kernel of csrc/cuda once through the C ABI, on buffers of exactly the right size, and prints for each case
-// a hash of all outputs and how many of them are NaN. Builds of this program differ in what they can see: race
-// conditions (ThreadSanitizer, one OS thread per CUDA thread), accesses out of bounds and undefined behaviour
-// (AddressSanitizer, UndefinedBehaviorSanitizer), dependence on the order of threads (--order). Since kernels are
-// deterministic, all of them have to print the same.
+// Runs every kernel of csrc/cuda once through the C ABI, on buffers of exactly the right size, and prints for
+// each case a hash of all outputs and how many of them are NaN. Builds of this program differ in what they
+// can see: race conditions (ThreadSanitizer, one OS thread per CUDA thread), accesses out of bounds and
+// undefined behaviour (AddressSanitizer, UndefinedBehaviorSanitizer), dependence on the order of threads
+// (--order). Since kernels are deterministic, all of them have to print the same.
 //
 //   drive [--case PREFIX] [--order N] [--bug N]
 #include <cstdio>
@@ -85,7 +85,9 @@ void print(const std::string& name, std::initializer_list<const Buffer*> outputs
 
 bool wanted(const std::string& name) { return name.rfind(only, 0) == 0; }
 
-const char* dtype_name(int dtype) { return dtype == FASTTUNE_F32 ? "f32" : dtype == FASTTUNE_BF16 ? "bf16" : "f16"; }
+const char* dtype_name(int dtype) {
+  return dtype == FASTTUNE_F32 ? "f32" : dtype == FASTTUNE_BF16 ? "bf16" : "f16";
+}
 
 std::string label(const char* operation, int dtype, int64_t size) {
   return std::string(operation) + "/" + dtype_name(dtype) + "/" + std::to_string(size);
@@ -104,7 +106,8 @@ void dropout(int dtype, int64_t columns) {
   Buffer x(dtype, rows * columns), residual(dtype, rows * columns), out(dtype, rows * columns);
   x.random();
   residual.random();
-  const fasttune_dropout_args args{dtype, x.data(), residual.data(), out.data(), rows, columns, dropout_options()};
+  const fasttune_dropout_args args{dtype, x.data(), residual.data(),  out.data(),
+                                   rows,  columns,  dropout_options()};
   check(fasttune_cuda_dropout(&args, nullptr));
   print(name, {&out});
 }
@@ -113,19 +116,19 @@ void bias_gelu(int dtype, int64_t columns) {
   const std::string name = label("bias_gelu", dtype, columns);
   if (!wanted(name)) return;
   const int64_t rows = 37;
-  Buffer x(dtype, rows * columns), bias(dtype, columns), out(dtype, rows * columns), dout(dtype, rows * columns),
-      dx(dtype, rows * columns), dbias(dtype, columns);
+  Buffer x(dtype, rows * columns), bias(dtype, columns), out(dtype, rows * columns),
+      dout(dtype, rows * columns), dx(dtype, rows * columns), dbias(dtype, columns);
   x.random(3.0f);
   bias.random();
   dout.random();
-  const fasttune_bias_gelu_args args{dtype,   dtype,          x.data(), bias.data(), out.data(), rows,
-                                     columns, FASTTUNE_GELU_ERF};
+  const fasttune_bias_gelu_args args{dtype,      dtype, x.data(), bias.data(),
+                                     out.data(), rows,  columns,  FASTTUNE_GELU_ERF};
   check(fasttune_cuda_bias_gelu(&args, nullptr));
   const int64_t partials = fasttune_cuda_bias_gelu_partials(rows, columns, 3);
   Buffer partial(FASTTUNE_F32, partials * columns);
-  const fasttune_bias_gelu_backward_args backward{
-      dtype,        dtype,            dout.data(), x.data(), bias.data(), dx.data(),
-      dbias.data(), partial.floats(), partials,    rows,     columns,     FASTTUNE_GELU_TANH};
+  const fasttune_bias_gelu_backward_args backward{dtype,       dtype,     dout.data(),  x.data(),
+                                                  bias.data(), dx.data(), dbias.data(), partial.floats(),
+                                                  partials,    rows,      columns,      FASTTUNE_GELU_TANH};
   check(fasttune_cuda_bias_gelu_backward(&backward, nullptr));
   print(name, {&out, &dx, &dbias});
 }
@@ -137,10 +140,11 @@ void layer_norm(const char* operation, LayerNorm forward, LayerNormBackward back
                 int64_t columns, bool fused) {
   const std::string name = label(operation, dtype, columns);
   if (!wanted(name)) return;
-  Buffer x(dtype, rows * columns), residual(dtype, rows * columns), weight(dtype, columns), bias(dtype, columns),
-      out(dtype, rows * columns), sum(dtype, rows * columns), statistics(FASTTUNE_F32, 2 * rows),
-      dout(dtype, rows * columns), dsum(dtype, rows * columns), dx(dtype, rows * columns),
-      dresidual(dtype, rows * columns), dweight(dtype, columns), dbias(dtype, columns);
+  Buffer x(dtype, rows * columns), residual(dtype, rows * columns), weight(dtype, columns),
+      bias(dtype, columns), out(dtype, rows * columns), sum(dtype, rows * columns),
+      statistics(FASTTUNE_F32, 2 * rows), dout(dtype, rows * columns), dsum(dtype, rows * columns),
+      dx(dtype, rows * columns), dresidual(dtype, rows * columns), dweight(dtype, columns),
+      dbias(dtype, columns);
   x.random();
   residual.random();
   weight.random();
@@ -199,8 +203,8 @@ void cross_entropy(int dtype, int64_t classes) {
   if (!wanted(name)) return;
   const int64_t rows = 4, labels[] = {classes - 1, -100, 0, classes / 2};
   Buffer logits(dtype, rows * classes), weight(FASTTUNE_F32, classes), loss(FASTTUNE_F32, rows),
-      statistics(FASTTUNE_F32, 2 * rows), loss_sum(FASTTUNE_F32, 1), total(FASTTUNE_F32, 1), one(FASTTUNE_F32, 1),
-      weight_sum(FASTTUNE_F32, 1);
+      statistics(FASTTUNE_F32, 2 * rows), loss_sum(FASTTUNE_F32, 1), total(FASTTUNE_F32, 1),
+      one(FASTTUNE_F32, 1), weight_sum(FASTTUNE_F32, 1);
   logits.random(5.0f);
   float sum = 0.0f;
   for (int64_t i = 0; i < classes; ++i) {
@@ -209,9 +213,9 @@ void cross_entropy(int dtype, int64_t classes) {
   }
   weight_sum.set(0, sum);
   one.set(0, 1.0f);
-  const fasttune_cross_entropy_args args{dtype,         rows,   classes,       logits.data(),       classes,
-                                         labels,        weight.floats(), -100, 0.1f,                loss.floats(),
-                                         statistics.floats(), loss_sum.floats(), total.floats()};
+  const fasttune_cross_entropy_args args{
+      dtype, rows, classes,       logits.data(),       classes,           labels,        weight.floats(),
+      -100,  0.1f, loss.floats(), statistics.floats(), loss_sum.floats(), total.floats()};
   check(fasttune_cuda_cross_entropy(&args, nullptr));
   const fasttune_cross_entropy_backward_args backward{dtype,
                                                       rows,
@@ -233,8 +237,8 @@ void cross_entropy(int dtype, int64_t classes) {
   print(name, {&loss, &statistics, &loss_sum, &total, &logits});
 }
 
-void attention(const char* operation, int dtype, int64_t sequences, int64_t queries, int64_t keys, int64_t heads,
-               int64_t head_dim, std::vector<int> offsets) {
+void attention(const char* operation, int dtype, int64_t sequences, int64_t queries, int64_t keys,
+               int64_t heads, int64_t head_dim, std::vector<int> offsets) {
   const std::string name = label(operation, dtype, head_dim);
   if (!wanted(name)) return;
   const int64_t width = heads * head_dim;
@@ -242,10 +246,11 @@ void attention(const char* operation, int dtype, int64_t sequences, int64_t quer
     return fasttune_head_rows{buffer.data(), offsets.empty() ? rows * width : 0, width, head_dim};
   };
   const int64_t batch = offsets.empty() ? sequences : 1;
-  Buffer query(dtype, batch * queries * width), key(dtype, batch * keys * width), value(dtype, batch * keys * width),
-      out(dtype, batch * queries * width), lse(FASTTUNE_F32, batch * heads * queries),
-      delta(FASTTUNE_F32, batch * heads * queries), dout(dtype, batch * queries * width),
-      dquery(dtype, batch * queries * width), dkey(dtype, batch * keys * width), dvalue(dtype, batch * keys * width);
+  Buffer query(dtype, batch * queries * width), key(dtype, batch * keys * width),
+      value(dtype, batch * keys * width), out(dtype, batch * queries * width),
+      lse(FASTTUNE_F32, batch * heads * queries), delta(FASTTUNE_F32, batch * heads * queries),
+      dout(dtype, batch * queries * width), dquery(dtype, batch * queries * width),
+      dkey(dtype, batch * keys * width), dvalue(dtype, batch * keys * width);
   query.random(2.0f);
   key.random(2.0f);
   value.random();
@@ -291,13 +296,15 @@ int main(int count, char** arguments) {
     bias_gelu(dtype, 264);
     // One warp a row and four rows a block, two and two, three and one, sixteen warps with several chunks.
     for (int64_t columns : {200, 301, 520}) {
-      layer_norm("layer_norm", fasttune_cuda_layer_norm, fasttune_cuda_layer_norm_backward, dtype, 11, columns, true);
-      layer_norm("layer_norm_gelu", fasttune_cuda_layer_norm_gelu, fasttune_cuda_layer_norm_gelu_backward, dtype, 11,
-                 columns, false);
-      layer_norm("gelu_layer_norm", fasttune_cuda_gelu_layer_norm, fasttune_cuda_gelu_layer_norm_backward, dtype, 11,
-                 columns, false);
+      layer_norm("layer_norm", fasttune_cuda_layer_norm, fasttune_cuda_layer_norm_backward, dtype, 11,
+                 columns, true);
+      layer_norm("layer_norm_gelu", fasttune_cuda_layer_norm_gelu, fasttune_cuda_layer_norm_gelu_backward,
+                 dtype, 11, columns, false);
+      layer_norm("gelu_layer_norm", fasttune_cuda_gelu_layer_norm, fasttune_cuda_gelu_layer_norm_backward,
+                 dtype, 11, columns, false);
     }
-    layer_norm("layer_norm_wide", fasttune_cuda_layer_norm, fasttune_cuda_layer_norm_backward, dtype, 2, 4104, true);
+    layer_norm("layer_norm_wide", fasttune_cuda_layer_norm, fasttune_cuda_layer_norm_backward, dtype, 2, 4104,
+               true);
     cross_entropy(dtype, 3);
     cross_entropy(dtype, 5003);
     attention("attention", dtype, 1, 70, 100, 2, 40, {});
