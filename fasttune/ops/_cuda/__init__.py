@@ -52,7 +52,7 @@ def why_not(device: str | None) -> str | None:
 
 
 def call(function: str, like: Tensor, *args: Any) -> None:
-    """`library.function(*args, stream)` on the current stream of the device of `like`; does not wait for the kernels."""
+    """`library.function(*args, stream)` on the current stream of the device of `like`, without waiting for it."""
     kernel = getattr(library, function)
     if emulated:
         kernel(*args, 0)
