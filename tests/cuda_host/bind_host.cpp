@@ -6,7 +6,6 @@
 namespace fasttune::cuda {
 
 void bind_host(pybind11::module_& module) {
-  module.def("set_order", [](int order) { host::order = order; });
   module.def("seed_bug", [](int bug) { host::seeded_bug = bug; });
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = ROOT / "tests" / "cuda_host"
 OUT = ROOT / "build" / "cuda_host"
+ON_GPU = os.environ.get("FASTTUNE_TEST_DEVICE") == "cuda"  # then the tests run the library itself, on a GPU
 
 # The host's compiler is asked for the arithmetic that the sources write, no contraction beyond fmaf, so that every
 # build gives the same bits. A fortified longjmp would refuse to switch fibers.

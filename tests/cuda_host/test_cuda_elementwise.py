@@ -5,9 +5,15 @@ import torch
 import torch.nn.functional as F
 from oracle import DTYPES, assert_same_math
 
+from cuda_host import building
 from fasttune import ops
 from fasttune.ops._reference.philox import elementwise_keep_mask, keep_scale
 from fasttune.ops.dropout import _dropout
+
+NEEDS_CPP = pytest.mark.skipif(
+    building.ON_GPU or "cpp" not in ops.available_backends("dropout"),
+    reason="needs the compiled CPU library, and CPU tensors",
+)
 
 
 # 1: a single column; 131: one block of counters and a ragged tail; 1500: several warps; p = 1: nothing is kept.
@@ -18,7 +24,7 @@ def test_mask_is_the_references_bit_for_bit(rows, columns, p):
     assert torch.equal(out, elementwise_keep_mask(ids, columns, seed, p) * torch.tensor(keep_scale(p)))
 
 
-@pytest.mark.skipif("cpp" not in ops.available_backends("dropout"), reason="no compiled CPU library")
+@NEEDS_CPP
 @pytest.mark.parametrize("columns", [384, 701])
 def test_mask_is_the_cpp_one(columns):
     x, seed = torch.randn(70, columns), torch.tensor([7])

@@ -5,9 +5,15 @@ import torch
 import torch.nn.functional as F
 from oracle import DTYPES, assert_same_math
 
+from cuda_host import building
 from fasttune import ops
 
 NAMES = ("x", "weight", "bias")
+
+NEEDS_CPP = pytest.mark.skipif(
+    building.ON_GPU or "cpp" not in ops.available_backends("layer_norm"),
+    reason="needs the compiled CPU library, and CPU tensors",
+)
 
 
 def inputs(rows, columns, dtype):
@@ -67,7 +73,7 @@ def test_dropout_add_layer_norm_is_the_references(prenorm, dtype):
 
 
 # Against the C++ kernel: the reference rounds dropout(x) to x's dtype, the kernels do not.
-@pytest.mark.skipif("cpp" not in ops.available_backends("layer_norm"), reason="no compiled CPU library")
+@NEEDS_CPP
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_x_beside_a_float32_residual(x_dtype):
     x, residual = torch.randn(9, 264).to(x_dtype).requires_grad_(), torch.randn(9, 264, requires_grad=True)
