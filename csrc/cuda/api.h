@@ -59,7 +59,7 @@ int64_t fasttune_cuda_bias_gelu_partials(int64_t rows, int64_t columns, int64_t 
 const char* fasttune_cuda_bias_gelu_backward(const fasttune_bias_gelu_backward_args*, void* stream);
 
 /* The widest row that the layer normalisations take. */
-#define FASTTUNE_CUDA_MAX_NORM_COLUMNS 16384
+#define FASTTUNE_CUDA_MAX_NORM_COLUMNS 8192
 
 typedef struct {
   int dtype;   /* of residual, sum and out */

@@ -29,9 +29,9 @@ struct Tiles {
   static constexpr int kDim = kDimension;
   static constexpr int kWarps = kIsFloat ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRows = 16 * kWarps;                               // that a block owns
-  static constexpr int kSteps = !kIsFloat && kDimension == 64 ? 64 : 32;  // rows of a streamed tile
-  static constexpr int kStages = kIsFloat ? 1 : 2;                        // streamed tiles in shared memory
+  static constexpr int kRows = 16 * kWarps;                             // that a block owns
+  static constexpr int kSteps = (kIsFloat ? 2048 : 4096) / kDimension;  // rows of a streamed tile
+  static constexpr int kStages = kIsFloat ? 1 : 2;                      // streamed tiles in shared memory
   static constexpr int kPitch = kDimension + 16 / static_cast<int>(sizeof(T));
   static constexpr int kOwned = kRows * kPitch, kStreamed = kSteps * kPitch;  // elements of one tile
   static constexpr int kScratchPitch = kSteps + 4;

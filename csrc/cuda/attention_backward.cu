@@ -283,6 +283,8 @@ extern "C" const char* fasttune_cuda_attention_backward(const fasttune_attention
   return with_tiles(*args, [&](auto shape, auto element) -> const char* {
     using P = decltype(shape);
     using T = decltype(element);
+    // float32 has one variant, which may drop nothing: it would take as long to compile as all others.
+    const bool with_dropout = P::kIsFloat || args->dropout.seed;
     const auto fits = [&](const fasttune_head_rows& rows) {
       return !rows.data || in_vectors(rows, args->head_dim, sizeof(T));
     };
@@ -295,14 +297,14 @@ extern "C" const char* fasttune_cuda_attention_backward(const fasttune_attention
     if (!problem && args->dquery.data) {
       const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
       const auto kernel =
-          args->dropout.seed ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, false>;
+          with_dropout ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, P::kIsFloat>;
       problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
                        out_vectors);
     }
     if (!problem && (args->dkey.data || args->dvalue.data)) {
       const int64_t tiles = tiles_of(*args, args->keys, P::kRows);
       const auto kernel =
-          args->dropout.seed ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, false>;
+          with_dropout ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, P::kIsFloat>;
       problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
                        out_vectors);
     }

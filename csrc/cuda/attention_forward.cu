@@ -150,6 +150,8 @@ extern "C" const char* fasttune_cuda_attention_forward(const fasttune_attention_
   return with_tiles(*args, [&](auto shape, auto element) -> const char* {
     using P = decltype(shape);
     using T = decltype(element);
+    // float32 has one variant, which may drop nothing: it would take as long to compile as all others.
+    const bool with_dropout = P::kIsFloat || args->dropout.seed;
     const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
     const size_t shared = shared_bytes<P, T>(false);
     const bool vectors = in_vectors(args->query, args->head_dim, sizeof(T)) &&
@@ -157,7 +159,7 @@ extern "C" const char* fasttune_cuda_attention_forward(const fasttune_attention_
                          in_vectors(args->value, args->head_dim, sizeof(T));
     const bool out_vectors = in_vectors(args->out, args->head_dim, sizeof(T));
     const auto kernel =
-        args->dropout.seed ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, false>;
+        with_dropout ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, P::kIsFloat>;
     return launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
                   out_vectors);
   });

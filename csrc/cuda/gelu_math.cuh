@@ -1,10 +1,32 @@
 // GELU(x) = x Φ(x) and its derivative, in the erf form and in the tanh form (Hendrycks and Gimpel, "Gaussian
-// Error Linear Units", 2016). Φ comes from erfc and 1 + tanh from an exponential, so that the left tail,
-// where 1 + erf and 1 + tanh cancel, keeps its relative precision.
+// Error Linear Units", 2016), by the formulas of csrc/cpu/simd/gelu.inc: Φ and 1 + tanh keep their relative
+// precision in the left tail, where 1 + erf and 1 + tanh cancel.
 #pragma once
 #include "cuda/device.cuh"
 
 namespace fasttune::cuda {
+
+// Φ(x) = Q(-x), Q(z) = e^(-z²/2) R(z) for z >= 0, where R(z) = erfcx(z / √2) / 2 falls smoothly from 1/2 like
+// 1/z: P4 / Q5 fits it on [0, 14.5] to a relative 6e-9. All coefficients are positive, so nothing cancels,
+// and e^(-z²/2), which becomes `gaussian`, is needed for the derivative anyway. A third of the instructions
+// of erfcf. |x| <= 16.
+__device__ __forceinline__ float normal_cdf(float x, float* gaussian) {
+  const float z = fabsf(x);
+  *gaussian = expf(-0.5f * x * x);
+  float p = 0.004116352094319301f;
+  p = fmaf(p, z, 0.0406335269488714f);
+  p = fmaf(p, z, 0.18323603590676005f);
+  p = fmaf(p, z, 0.4382961668044659f);
+  p = fmaf(p, z, 0.5f);
+  float q = 0.010318044811418382f;
+  q = fmaf(q, z, 0.10185959428177835f);
+  q = fmaf(q, z, 0.46947299531221304f);
+  q = fmaf(q, z, 1.2025068794306557f);
+  q = fmaf(q, z, 1.6744773146579566f);
+  q = fmaf(q, z, 1.0f);
+  const float tail = *gaussian * p / q;
+  return x < 0.0f ? tail : 1.0f - tail;
+}
 
 // (1 + tanh v) / 2 = 1 / (1 + e^(-2v)), 2v = √(8/π) (x + 0.044715 x³). `exponential` becomes e^(-2v).
 __device__ __forceinline__ float tanh_gate(float x, float* exponential) {
@@ -17,8 +39,8 @@ __device__ __forceinline__ float gelu_clamp(float x) { return x > 16.0f ? 16.0f 
 
 __device__ __forceinline__ float gelu(float x, bool tanh) {
   const float inside = gelu_clamp(x);
-  float exponential;
-  const float gate = tanh ? tanh_gate(inside, &exponential) : 0.5f * erfcf(-0.7071067811865476f * inside);
+  float unused;
+  const float gate = tanh ? tanh_gate(inside, &unused) : normal_cdf(inside, &unused);
   return (x < -16.0f ? inside : x) * gate;
 }
 
@@ -36,8 +58,9 @@ __device__ __forceinline__ float gelu_with_slope(float x, bool tanh, float* slop
     const float inner = fmaf(inside * inside, 0.21406444881780076f, 1.5957691216057308f);
     *slope = fmaf(inside * inner, gate * rest, gate);
   } else {
-    gate = 0.5f * erfcf(-0.7071067811865476f * inside);
-    *slope = fmaf(inside * 0.3989422804014327f, expf(-0.5f * inside * inside), gate);
+    float gaussian;
+    gate = normal_cdf(inside, &gaussian);
+    *slope = fmaf(inside * 0.3989422804014327f, gaussian, gate);
   }
   return (x < -16.0f ? inside : x) * gate;
 }

@@ -15,7 +15,7 @@
 //
 // Tiling: a row lies in the registers of a group of warps, eight consecutive columns per thread and chunk, so
 // that it is read once, in 16-byte accesses, and its statistics are exact two-pass ones. Up to 4096 columns
-// the group grows with the row (one warp per 256 columns, one chunk), beyond that 16 warps take up to four
+// the group grows with the row (one warp per 256 columns, one chunk), beyond that 16 warps take two
 // chunks. Narrow rows share a block. The variance is the corrected two-pass one (Chan, Golub and LeVeque
 // 1983): deviations from the rounded mean, whose own mean repairs it, so rows that lie far from 0 lose
 // nothing. Backward, the grid is persistent: each thread keeps the weights of its columns and its sums for dw
@@ -233,9 +233,8 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
 }
 
 inline const char* too_wide(int64_t columns) {
-  return columns > FASTTUNE_CUDA_MAX_NORM_COLUMNS
-             ? "rows of more than 16384 columns do not fit into registers"
-             : nullptr;
+  return columns > FASTTUNE_CUDA_MAX_NORM_COLUMNS ? "rows of more than 8192 columns do not fit into registers"
+                                                  : nullptr;
 }
 
 template <class X, class T, Activation kActivation>

@@ -18,6 +18,7 @@ struct DropoutKey {
 };
 
 __device__ __forceinline__ DropoutKey dropout_key(const fasttune_dropout_options& options) {
+  if (!options.seed) return {0, 0, 0, 1.0f};  // drops nothing
   const uint64_t seed = static_cast<uint64_t>(*options.seed);
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), options.threshold, options.scale};
 }
@@ -25,6 +26,7 @@ __device__ __forceinline__ DropoutKey dropout_key(const fasttune_dropout_options
 // Bit k: is column 128 * (counter / 16) + 16 * k + counter % 16 at (c1, c2, domain) dropped?
 __device__ __forceinline__ uint32_t dropped_bits(const DropoutKey& dropout, uint32_t counter, uint32_t c1,
                                                  uint32_t c2, uint32_t domain) {
+  if (dropout.threshold == 0) return 0;
   uint32_t x0 = counter, x1 = c1, x2 = c2, x3 = domain, key0 = dropout.key0, key1 = dropout.key1;
   FASTTUNE_UNROLL
   for (int round = 0; round < 10; ++round) {
