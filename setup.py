@@ -132,7 +132,7 @@ class NinjaBuild(build_ext):
             )
         host = f"-ccbin {os.environ['CXX']}" if os.environ.get("CXX") else ""
         flags = [
-            *("-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo"),
+            *("-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
             *("-Xptxas", "-v", *(f"-gencode {CUDA_TARGETS[target]}" for target in targets)),
             *os.environ.get("FASTTUNE_NVCCFLAGS", "").split(),
         ]

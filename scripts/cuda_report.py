@@ -8,7 +8,6 @@ where a cuobjdump is found (on PATH, in CUDA_HOME, or in Triton's package). Buil
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import importlib.util
@@ -23,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float": "float32", "__nv_bfloat16": "bfloat16", "__half": "float16"}
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128", "LDL", "STL")
+DISASSEMBLED = ("sm_80", "sm_90a")  # seconds an architecture
 
 
 @dataclasses.dataclass
@@ -112,17 +112,15 @@ def _remarks(text: str) -> list[tuple[str, Kernel]]:
     return kernels
 
 
-def _count(tool: str, file: Path) -> dict[tuple[str, str], dict[str, int]]:
+def _count(tool: str, file: Path, architecture: str) -> dict[tuple[str, str], dict[str, int]]:
     """(target, mangled name) -> occurrences of each of INSTRUCTIONS in the object's machine code."""
-    listing = subprocess.run([tool, "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    command = [tool, "-sass", "-arch", architecture, str(file)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts: dict[tuple[str, str], dict[str, int]] = {}
-    target = ""
-    current: dict[str, int] = collections.Counter()
+    current: dict[str, int] = {}
     for line in listing.splitlines():
-        if found := re.match(r"\s*arch = (\S+)", line):
-            target = _target(found[1])
-        elif found := re.match(r"\s*Function : (\S+)", line):
-            current = counts[target, found[1]] = dict.fromkeys(INSTRUCTIONS, 0)
+        if found := re.match(r"\s*Function : (\S+)", line):
+            current = counts[_target(architecture), found[1]] = dict.fromkeys(INSTRUCTIONS, 0)
         elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
             for name in INSTRUCTIONS:
                 if all(part in found[1].split(".") for part in name.split(".")):
@@ -138,7 +136,9 @@ def kernels(folder: Path, sass: bool = True) -> list[Kernel]:
     tool = cuobjdump() if sass else None
     found = []
     for remarks in sorted(folder.glob("*.ptxas")):
-        counts = _count(tool, remarks.with_suffix("")) if tool else {}
+        counts: dict[tuple[str, str], dict[str, int]] = {}
+        for architecture in DISASSEMBLED if tool else ():
+            counts.update(_count(str(tool), remarks.with_suffix(""), architecture))
         for name, kernel in _remarks(remarks.read_text()):
             kernel.instructions = counts.get((kernel.target, name))
             facts = kernel.facts

@@ -60,6 +60,7 @@ const char* fasttune_cuda_bias_gelu_backward(const fasttune_bias_gelu_backward_a
 
 /* The widest row that the layer normalisations take. */
 #define FASTTUNE_CUDA_MAX_NORM_COLUMNS 8192
+#define FASTTUNE_CUDA_MAX_NORM_GELU_COLUMNS 4096 /* with a GELU */
 
 typedef struct {
   int dtype;   /* of residual, sum and out */

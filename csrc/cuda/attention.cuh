@@ -119,18 +119,22 @@ __device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride
                                           int head_dim, bool vectors) {
   constexpr int kVectorSize = 16 / sizeof(T), kPerRow = P::kDim / kVectorSize;
   static_assert(kCount * kPerRow % P::kThreads == 0, "every thread copies as many vectors");
-  FASTTUNE_UNROLL
-  for (int i = 0; i < kCount * kPerRow / P::kThreads; ++i) {
-    const int index = i * P::kThreads + static_cast<int>(threadIdx.x);
-    const int row = index / kPerRow, column = index % kPerRow * kVectorSize;
-    T* to = tile + row * P::kPitch + column;
-    const bool valid = first + row < rows && column < head_dim;
-    const T* from = head + (valid ? static_cast<int64_t>(first + row) * stride + column : 0);
-    if (vectors) {
-      cp_async(to, from, valid);
-    } else {
-      for (int k = 0; k < kVectorSize; ++k)
-        to[k] = valid && column + k < head_dim ? from[k] : from_float<T>(0.0f);
+  if (vectors) {
+    FASTTUNE_UNROLL
+    for (int i = 0; i < kCount * kPerRow / P::kThreads; ++i) {
+      const int index = i * P::kThreads + static_cast<int>(threadIdx.x);
+      const int row = index / kPerRow, column = index % kPerRow * kVectorSize;
+      const bool valid = first + row < rows && column < head_dim;
+      const T* from = head + (valid ? static_cast<int64_t>(first + row) * stride + column : 0);
+      cp_async(tile + row * P::kPitch + column, from, valid);
+    }
+  } else {
+    FASTTUNE_NO_UNROLL
+    for (int index = static_cast<int>(threadIdx.x); index < kCount * P::kDim; index += P::kThreads) {
+      const int row = index / P::kDim, column = index % P::kDim;
+      const bool valid = first + row < rows && column < head_dim;
+      tile[row * P::kPitch + column] =
+          valid ? head[static_cast<int64_t>(first + row) * stride + column] : from_float<T>(0.0f);
     }
   }
 }
@@ -151,16 +155,22 @@ __device__ __forceinline__ void store_rows(T* tile, const float (&values)[P::kDi
       tile[(g + i / 2 * 8) * P::kPitch + 8 * j + 2 * t + i % 2] = from_float<T>(values[j][i] * factor[i / 2]);
   }
   __syncwarp();
-  constexpr int kVectorSize = 16 / sizeof(T), kPerRow = P::kDim / kVectorSize;
-  for (int index = lane_index(); index < 16 * kPerRow; index += kWarp) {
-    const int row = index / kPerRow, column = index % kPerRow * kVectorSize;
-    if (first + row >= rows || column >= head_dim) continue;
-    T* to = head + static_cast<int64_t>(first + row) * stride + column;
-    const T* from = tile + row * P::kPitch + column;
-    if (vectors) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int k = 0; k < kVectorSize && column + k < head_dim; ++k) to[k] = from[k];
+  T* to = head + static_cast<int64_t>(first) * stride;
+  if (vectors) {
+    constexpr int kVectorSize = 16 / sizeof(T), kPerRow = P::kDim / kVectorSize;
+    FASTTUNE_UNROLL
+    for (int i = 0; i < 16 * kPerRow / kWarp; ++i) {
+      const int index = i * kWarp + lane_index(), row = index / kPerRow,
+                column = index % kPerRow * kVectorSize;
+      if (first + row < rows && column < head_dim)
+        *reinterpret_cast<uint4*>(to + row * stride + column) =
+            *reinterpret_cast<const uint4*>(tile + row * P::kPitch + column);
+    }
+  } else {
+    FASTTUNE_NO_UNROLL
+    for (int index = lane_index(); index < 16 * P::kDim; index += kWarp) {
+      const int row = index / P::kDim, column = index % P::kDim;
+      if (first + row < rows && column < head_dim) to[row * stride + column] = tile[row * P::kPitch + column];
     }
   }
 }

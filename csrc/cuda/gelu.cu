@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 3)
     bias_gelu_backward_kernel(const fasttune_bias_gelu_backward_args args, bool aligned) {
   FASTTUNE_SHARED(float, scratch, kWarps* kWarpColumns);
   const int64_t columns = args.columns, blocks_of_columns = divide_up<int64_t>(columns, kWarpColumns);

@@ -232,34 +232,43 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
   }
 }
 
-inline const char* too_wide(int64_t columns) {
-  return columns > FASTTUNE_CUDA_MAX_NORM_COLUMNS ? "rows of more than 8192 columns do not fit into registers"
-                                                  : nullptr;
+// A norm with a GELU has one chunk only: in its backward, two do not fit into the registers.
+template <Activation kActivation>
+const char* too_wide(int64_t columns) {
+  if constexpr (kActivation == Activation::none)
+    return columns > FASTTUNE_CUDA_MAX_NORM_COLUMNS ? "a row of a layer norm has more than 8192 columns"
+                                                    : nullptr;
+  else
+    return columns > FASTTUNE_CUDA_MAX_NORM_GELU_COLUMNS
+               ? "a row of a layer norm with a GELU has more than 4096 columns"
+               : nullptr;
 }
 
 template <class X, class T, Activation kActivation>
 const char* layer_norm_forward(const fasttune_layer_norm_args& args, void* stream) {
-  if (const char* problem = too_wide(args.columns)) return problem;
+  if (const char* problem = too_wide<kActivation>(args.columns)) return problem;
   const NormShape shape = norm_shape(args.columns);
   const bool aligned =
       rows_are_aligned(args.columns, args.x, args.residual, args.weight, args.bias, args.out, args.sum);
+  constexpr int kMany = kActivation == Activation::none ? kManyChunks : 1;
   const auto kernel = args.columns <= kMaxGroupWarps * kWarpColumns
                           ? layer_norm_kernel<X, T, kActivation, 1>
-                          : layer_norm_kernel<X, T, kActivation, kManyChunks>;
+                          : layer_norm_kernel<X, T, kActivation, kMany>;
   return launch(kernel, divide_up<int64_t>(args.rows, shape.rows), shape.threads(), 0, stream, args, shape,
                 aligned);
 }
 
 template <class X, class T, Activation kActivation>
 const char* layer_norm_backward(const fasttune_layer_norm_backward_args& args, void* stream) {
-  if (const char* problem = too_wide(args.columns)) return problem;
+  if (const char* problem = too_wide<kActivation>(args.columns)) return problem;
   const NormShape shape = norm_shape(args.columns);
   const bool aligned =
       rows_are_aligned(args.columns, args.dout, args.dsum, args.input, args.weight, args.bias, args.dx,
                        args.dresidual, args.dweight_partial, args.dbias_partial);
+  constexpr int kMany = kActivation == Activation::none ? kManyChunks : 1;
   const auto kernel = args.columns <= kMaxGroupWarps * kWarpColumns
                           ? layer_norm_backward_kernel<X, T, kActivation, 1>
-                          : layer_norm_backward_kernel<X, T, kActivation, kManyChunks>;
+                          : layer_norm_backward_kernel<X, T, kActivation, kMany>;
   const char* problem =
       launch(kernel, args.partials / shape.rows, shape.threads(), 0, stream, args, shape, aligned);
   if (!problem && args.dweight)

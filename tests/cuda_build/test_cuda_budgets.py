@@ -59,6 +59,8 @@ def test_attention_does_not_spill_at_64_and_128(kernels):
 def test_the_instructions_are_those_that_the_sources_claim(disassembled):
     for kernel in disassembled:
         count = kernel.instructions
+        if kernel.target not in ("sm80", "sm90"):
+            continue
         assert count is not None, kernel
         assert count["LDL"] == count["STL"] == 0 or kernel.spills, f"arrays in local memory: {kernel}"
         if "head_dim" in kernel.facts:

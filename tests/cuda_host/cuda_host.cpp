@@ -1,6 +1,6 @@
 // The machine behind cuda_host.h: fibers or OS threads, barriers, and the emulated instructions.
 #include <algorithm>
-#include <condition_variable>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -53,12 +53,14 @@ struct Hidden {
 #endif
 };
 
-struct Barrier {
-  unsigned arrived = 0, generation = 0;
 #ifdef FASTTUNE_CUDA_HOST_THREADS
-  std::mutex lock;
-  std::condition_variable complete;
+using Count = std::atomic<int>;  // what a futex waits on
+#else
+using Count = int;
 #endif
+
+struct Barrier {
+  Count arrived = 0, generation = 0;
 };
 
 struct Exchange {
@@ -118,18 +120,15 @@ std::vector<unsigned> permutation(unsigned count, unsigned salt) {
 
 #ifdef FASTTUNE_CUDA_HOST_THREADS
 
-void meet(Barrier& barrier, unsigned expected) {
-  std::unique_lock<std::mutex> held(barrier.lock);
-  const unsigned generation = barrier.generation;
-  if (++barrier.arrived == expected) {
+void meet(Barrier& barrier, int expected) {
+  const int generation = barrier.generation.load();
+  if (barrier.arrived.fetch_add(1) + 1 == expected) {
     barrier.arrived = 0;
     ++barrier.generation;
-    barrier.complete.notify_all();
-    return;
+    barrier.generation.notify_all();
+  } else {
+    barrier.generation.wait(generation);
   }
-  if (!barrier.complete.wait_for(held, std::chrono::seconds(120),
-                                 [&] { return barrier.generation != generation; }))
-    fail("a barrier waits for threads that do not come");
 }
 
 void run_blocks(unsigned blocks, unsigned count, const std::function<void()>& kernel) {
@@ -141,9 +140,9 @@ void run_blocks(unsigned blocks, unsigned count, const std::function<void()>& ke
       threadIdx = make_uint3(i, 0, 0);
       for (unsigned block : sequence) {
         blockIdx = make_uint3(block, 0, 0);
-        meet(edge, count);
+        meet(edge, static_cast<int>(count));
         if (i == 0) start_block();
-        meet(edge, count);
+        meet(edge, static_cast<int>(count));
         kernel();
         finish_thread();
       }
@@ -161,7 +160,7 @@ struct Fiber {
   void* stack = nullptr;
   bool started = false, done = false;
   const Barrier* waits_for = nullptr;
-  unsigned generation = 0;
+  int generation = 0;
 };
 
 std::vector<Fiber> fibers;
@@ -196,7 +195,7 @@ __attribute__((noinline)) void resume(unsigned index) {
   setcontext(&fiber.start);
 }
 
-void meet(Barrier& barrier, unsigned expected) {
+void meet(Barrier& barrier, int expected) {
   Fiber& fiber = fibers[current];
   fiber.generation = barrier.generation;
   if (++barrier.arrived == expected) {
@@ -294,7 +293,7 @@ void register_shared(void* address, size_t bytes) {
   shared_arrays.emplace_back(address, bytes);
 }
 
-void sync_threads() { meet(block_barrier, thread_count); }
+void sync_threads() { meet(block_barrier, static_cast<int>(thread_count)); }
 
 void sync_warp(unsigned mask) {
   check_mask(mask);
@@ -304,7 +303,7 @@ void sync_warp(unsigned mask) {
     const std::lock_guard<std::mutex> guard(my_warp().lock);
     barrier = &my_warp().barriers[mask];
   }
-  meet(*barrier, static_cast<unsigned>(std::popcount(mask)));
+  meet(*barrier, std::popcount(mask));
 }
 
 const unsigned char (*exchange(unsigned mask, const void* value, size_t bytes))[32] {
@@ -318,7 +317,7 @@ const unsigned char (*exchange(unsigned mask, const void* value, size_t bytes))[
   // Two sets of slots in turn: a lane may publish again while others still read.
   unsigned char (*slots)[32] = shared->slots[shared->barrier.generation % 2];
   std::memcpy(slots[lane()], value, bytes);
-  meet(shared->barrier, static_cast<unsigned>(std::popcount(mask)));
+  meet(shared->barrier, std::popcount(mask));
   return slots;
 }
 

@@ -117,3 +117,5 @@ def test_no_rows():
 def test_rows_that_are_too_wide_are_refused():
     with pytest.raises(ValueError, match="x has 8193 columns; the cuda backend takes at most 8192"):
         ops.layer_norm(torch.randn(1, 8193), None, None, backend="cuda")
+    with pytest.raises(ValueError, match="x has 4097 columns; the cuda backend takes at most 4096"):
+        ops.layer_norm_gelu(torch.randn(1, 4097), None, None, backend="cuda")

@@ -140,6 +140,7 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
   using namespace fasttune::cuda;
   const py::call_guard<py::gil_scoped_release> without_gil;
   module.attr("max_norm_columns") = FASTTUNE_CUDA_MAX_NORM_COLUMNS;
+  module.attr("max_norm_gelu_columns") = FASTTUNE_CUDA_MAX_NORM_GELU_COLUMNS;
   module.def("problem", [] {
     const char* problem = fasttune_cuda_problem();
     return std::string(problem ? problem : "");

@@ -12,8 +12,8 @@ from fasttune.ops._cuda.gelu import NONE, kind
 # Shape legend: as in fasttune/ops/layer_norm.py.
 
 
-def _check_width(x: Tensor) -> None:
-    widest = _cuda.library.max_norm_columns
+def _check_width(x: Tensor, gelu: int) -> None:
+    widest = _cuda.library.max_norm_columns if gelu == NONE else _cuda.library.max_norm_gelu_columns
     if x.shape[-1] > widest:
         raise ValueError(
             f"layer_norm: x has {x.shape[-1]} columns; the cuda backend takes at most {widest}. Leave backend at None"
@@ -35,7 +35,7 @@ def _forward(
     gelu: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, sum or an empty tensor, statistics)."""
-    _check_width(x)
+    _check_width(x, gelu)
     x, residual = x.contiguous(), _cuda.contiguous(residual)
     weight, bias = _cuda.contiguous(weight), _cuda.contiguous(bias)
     dtype, columns = x.dtype if residual is None else residual.dtype, x.shape[-1]
