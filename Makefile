@@ -2,6 +2,8 @@
 #
 #   make demo       two fine-tunings, stock and patched, side by side (examples/demo.py)
 #   make test       linters, types and the test-suite
+#   make cuda-host  the CUDA kernels, run on the host: against float64, under sanitizers, with seeded bugs
+#   make cuda-build the CUDA kernels, as nvcc builds them, against their budgets
 #   make sanitize   the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make package    wheel, sdist and editable installs, with and without a compiler
 #   make bench      benchmarks, as JSON and a Markdown page in out/
@@ -20,13 +22,13 @@ BIN := $(VENV)/bin
 BUILD_REQUIRES := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
 # The version whose interpreter tests/interpreter mends. Without its dependents' consent: torch's CUDA build asks for 3.7.1.
 TRITON := triton==3.9.0
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' | sort)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 
-.PHONY: help demo test lint sanitize package bench build clean
+.PHONY: help demo test lint cuda-host cuda-build sanitize package bench build clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 $(BIN)/python:
 	@echo "== creating $(VENV) with $(PYTHON)"
@@ -40,7 +42,7 @@ $(VENV)/.installed-%: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 build:
-	@echo "== building the C++ library"
+	@echo "== building the C++ library, and with an nvcc the CUDA library"
 	@$(BIN)/python setup.py -q build_ext --inplace
 
 demo: $(VENV)/.installed-demo build
@@ -55,9 +57,17 @@ lint: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev build lint
 	@echo "== testing"
-	$(BIN)/python -m pytest --ignore=tests/packaging
+	$(BIN)/python -m pytest --ignore=tests/packaging --ignore=tests/cuda_host --ignore=tests/cuda_build
 	@if [ -d tests/kernels ]; then echo "== testing the Triton kernels in its interpreter"; \
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels; fi
+
+cuda-host: $(VENV)/.installed-dev
+	@echo "== running the CUDA kernels on the host"
+	$(BIN)/python -m pytest tests/cuda_host
+
+cuda-build: $(VENV)/.installed-dev
+	@echo "== holding what nvcc makes of the CUDA kernels against their budgets"
+	$(BIN)/python -m pytest tests/cuda_build
 
 sanitize: $(VENV)/.installed-dev
 	@echo "== testing the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -73,5 +83,5 @@ bench: $(VENV)/.installed-bench build
 	$(BIN)/python benchmarks/report.py out/benchmarks.json --out out
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info fasttune/_cpu*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist out *.egg-info fasttune/_cpu*.so fasttune/_cuda*.so .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from fasttune import ops
-from fasttune.ops import _backends, _cpp
+from fasttune.ops import _backends, _cpp, _cuda
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Cheaper fine-tuning steps: what runs here, and how fast."
@@ -78,6 +78,7 @@ def _machine() -> list[tuple[str, str]]:
         rows.append(("compiled library", f"yes, {_cpp.library.__file__}"))
         available = ", ".join(_cpp.library.available_isas())
         rows.append(("instruction set", f"{_cpp.library.active_isa()} (this processor can run {available})"))
+    rows.append(("CUDA library", _cuda_library()))
     rows.append(("GPU", _gpu()))
     for variable in ("FASTTUNE_BACKEND", "FASTTUNE_CPU_ISA", "TRITON_INTERPRET"):
         if os.environ.get(variable):
@@ -103,6 +104,13 @@ def _gpu() -> str:
     if torch.version.cuda or torch.version.hip:
         return "none found, though this torch was built for one: is the driver installed and the device visible?"
     return "none usable: this torch is a CPU build"
+
+
+def _cuda_library() -> str:
+    reason = _cuda.why_not(None)
+    if _cuda.library is None:
+        return f"no: {reason}"
+    return f"yes, {_cuda.library.__file__}" + ("" if reason is None else f"; it cannot run here: {reason}")
 
 
 def _advice() -> list[str]:

@@ -173,10 +173,12 @@ def layer_norm_backward_kernel(
         tl.store(dbias_partial + first + column, tl.sum(db, 0), mask=column < columns)
 
 
-def _tiles(rows: int, columns: int, device: torch.device, elements: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and tile: several rows up to 4096 elements, then one row; `elements` of the tile live in each thread."""
+def _tiles(
+    rows: int, columns: int, device: torch.device, elements: int, tile: int = 4096
+) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and tile: several rows up to `tile` elements, then one row; `elements` of it live in each thread."""
     block = power_of_two(columns, 128)
-    block_rows = max(1, 4096 // block)
+    block_rows = max(1, tile // block)
     warps = launch.warps(min(16, block * block_rows // elements // 32))
     programs = min(triton.cdiv(rows, block_rows), 2 * launch.multiprocessors(device))
     return (programs,), {"ROWS": block_rows, "COLUMNS": block, "STAGES": 2, "num_warps": warps}
@@ -247,7 +249,8 @@ def _backward(
         )
         return dx, dresidual, dweight, dbias
     threshold, scale = dropout_arguments(seed, dropout_p)
-    grid, tiles = _tiles(rows, columns, device, 16)
+    # With a GELU between, 16 elements a thread take more registers than two blocks a multiprocessor leave.
+    grid, tiles = _tiles(rows, columns, device, *((8, 2048) if gelu_before or gelu_after else (16, 4096)))
     partial = [torch.empty((grid[0], columns), dtype=torch.float32, device=device) if n else None for n in needs[2:]]
     layer_norm_backward_kernel[grid](
         *(dout, _contiguous(dsum), source, statistics, _contiguous(weight), _contiguous(bias)),

@@ -10,7 +10,7 @@ OUT=out/sanitize
 
 # vptr needs RTTI of classes that other libraries own; the kernels have no virtual functions.
 CHECKS="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
-FASTTUNE_BUILD_CPP=1 FASTTUNE_CXXFLAGS="$CHECKS -O1 -g -fno-omit-frame-pointer" FASTTUNE_LDFLAGS="$CHECKS" \
+FASTTUNE_BUILD_CUDA=0 FASTTUNE_BUILD_CPP=1 FASTTUNE_CXXFLAGS="$CHECKS -O1 -g -fno-omit-frame-pointer" FASTTUNE_LDFLAGS="$CHECKS" \
   "$PYTHON" setup.py -q build --build-base "$OUT/build" --build-lib "$OUT/lib"
 
 # The sanitizers' runtimes must come before everything else; libstdc++ with them, or exceptions crash.

@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from fasttune.ops import _cpp
+from fasttune.ops import _cpp, _cuda
 
 BACKENDS = ("cpp", "triton", "cuda", "torch")
 
@@ -47,10 +47,9 @@ def why_not(operation: str, backend: str, device: str | None = None, dtype: torc
         if device is None and not interpreted and not torch.cuda.is_available():
             return "no CUDA or ROCm device is available"
     elif backend == "cuda":
-        if not torch.cuda.is_available():
-            return "no CUDA device is available"
-        if device is not None and device != "cuda":
-            return f"the cuda backend runs on CUDA tensors, these are on {device}"
+        reason = _cuda.why_not(device)
+        if reason is not None:
+            return reason
     if dtype is not None and dtype not in _cpp.DTYPE_CODES:
         return f"the {backend} backend computes in float32, bfloat16 and float16, these tensors are {dtype}"
     return None

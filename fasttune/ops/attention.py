@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_device, check_floating, check_shape, describe
+from fasttune.ops._cuda import attention as _cuda_attention
 from fasttune.ops._operator import Operator
 from fasttune.ops._random import check_probability, draw_seed
 from fasttune.ops._reference.attention import attention as attention_reference
@@ -221,7 +222,7 @@ _attention_backward = Operator(
     "attention_backward",
     "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? cu_seqlens, Tensor? seed,"
     " bool causal, float scale, float dropout_p, bool[] needed) -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_backward, "triton": _triton.lazy("attention", "backward")},
+    {"cpp": _cpp_backward, "triton": _triton.lazy("attention", "backward"), "cuda": _cuda_attention.backward},
     _fake_backward,
     public=3,
 )
@@ -229,7 +230,7 @@ _attention = Operator(
     "attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens, int? max_seqlen, Tensor? seed, bool causal,"
     " float scale, float dropout_p) -> (Tensor, Tensor)",
-    {"cpp": _cpp_forward, "triton": _triton.lazy("attention", "forward")},
+    {"cpp": _cpp_forward, "triton": _triton.lazy("attention", "forward"), "cuda": _cuda_attention.forward},
     _fake_forward,
     setup_context=_setup_context,
     backward=_backward,
@@ -278,14 +279,22 @@ _attention_packed_qkv_backward = Operator(
     "attention_packed_qkv_backward",
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, Tensor? seed, bool causal, float scale,"
     " float dropout_p) -> Tensor",
-    {"cpp": _cpp_packed_qkv_backward, "triton": _triton.lazy("attention", "packed_qkv_backward")},
+    {
+        "cpp": _cpp_packed_qkv_backward,
+        "triton": _triton.lazy("attention", "packed_qkv_backward"),
+        "cuda": _cuda_attention.packed_qkv_backward,
+    },
     _fake_packed_qkv_backward,
 )
 _attention_packed_qkv = Operator(
     "attention_packed_qkv",
     "(Tensor qkv, Tensor? cu_seqlens, int? max_seqlen, Tensor? seed, bool causal, float scale, float dropout_p)"
     " -> (Tensor, Tensor)",
-    {"cpp": _cpp_packed_qkv_forward, "triton": _triton.lazy("attention", "packed_qkv_forward")},
+    {
+        "cpp": _cpp_packed_qkv_forward,
+        "triton": _triton.lazy("attention", "packed_qkv_forward"),
+        "cuda": _cuda_attention.packed_qkv_forward,
+    },
     _fake_packed_qkv_forward,
     setup_context=_setup_context,
     backward=_packed_qkv_backward,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasttune.ops import _backends, _cpp
 from fasttune.ops._checks import check_device, check_floating, check_shape, describe
+from fasttune.ops._cuda import cross_entropy as _cuda_cross_entropy
 from fasttune.ops._indices import check_integers, check_range
 from fasttune.ops._operator import Operator, must_be_traced
 from fasttune.ops._reference.cross_entropy import cross_entropy as cross_entropy_reference
@@ -109,7 +110,7 @@ _cross_entropy = Operator(
     "cross_entropy",
     "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, int reduction)"
     " -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_cross_entropy},
+    {"cpp": _cpp_cross_entropy, "cuda": _cuda_cross_entropy.cross_entropy},
     _fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -118,7 +119,7 @@ _cross_entropy_backward = Operator(
     "cross_entropy_backward",
     "(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor total, int ignore_index,"
     " float label_smoothing, int reduction) -> Tensor",
-    {"cpp": _cpp_backward},
+    {"cpp": _cpp_backward, "cuda": _cuda_cross_entropy.cross_entropy_backward},
     _fake_backward,
 )
 _backends.declare("cross_entropy", *_cross_entropy.implementations)

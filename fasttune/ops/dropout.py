@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_device, check_floating, check_row_ids, check_shape
+from fasttune.ops._cuda import dropout as _cuda_dropout
 from fasttune.ops._operator import Operator
 from fasttune.ops._random import check_probability, draw_seed
 from fasttune.ops._reference.dropout import dropout as dropout_reference
@@ -57,7 +58,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 _dropout = Operator(
     "dropout",
     "(Tensor x, Tensor? residual, Tensor? row_ids, Tensor? seed, float dropout_p) -> Tensor",
-    {"cpp": _cpp_dropout, "triton": _triton.lazy("dropout", "dropout")},
+    {"cpp": _cpp_dropout, "triton": _triton.lazy("dropout", "dropout"), "cuda": _cuda_dropout.dropout},
     _fake,
     setup_context=_setup_context,
     backward=_backward,

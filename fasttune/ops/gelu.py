@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_approximate, check_columns, check_parameter
+from fasttune.ops._cuda import gelu as _cuda_gelu
 from fasttune.ops._operator import Operator
 from fasttune.ops._reference.gelu import bias_gelu as bias_gelu_reference
 
@@ -85,14 +86,18 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 _bias_gelu_backward = Operator(
     "bias_gelu_backward",
     "(Tensor dout, Tensor x, Tensor? bias, bool tanh, bool need_dx, bool need_dbias) -> (Tensor, Tensor)",
-    {"cpp": _cpp_bias_gelu_backward, "triton": _triton.lazy("gelu", "bias_gelu_backward")},
+    {
+        "cpp": _cpp_bias_gelu_backward,
+        "triton": _triton.lazy("gelu", "bias_gelu_backward"),
+        "cuda": _cuda_gelu.bias_gelu_backward,
+    },
     _fake_backward,
     public=2,
 )
 _bias_gelu = Operator(
     "bias_gelu",
     "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
-    {"cpp": _cpp_bias_gelu, "triton": _triton.lazy("gelu", "bias_gelu")},
+    {"cpp": _cpp_bias_gelu, "triton": _triton.lazy("gelu", "bias_gelu"), "cuda": _cuda_gelu.bias_gelu},
     _fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -16,6 +16,7 @@ from fasttune.ops._checks import (
     check_row_ids,
     check_shape,
 )
+from fasttune.ops._cuda import layer_norm as _cuda_layer_norm
 from fasttune.ops._operator import Operator
 from fasttune.ops._random import check_probability, draw_seed
 from fasttune.ops._reference.layer_norm import dropout_add_layer_norm as dropout_add_layer_norm_reference
@@ -267,14 +268,22 @@ _layer_norm_backward = Operator(
     "(Tensor dout, Tensor? dsum, Tensor total, Tensor? weight, Tensor? bias, Tensor statistics, Tensor? row_ids,"
     " Tensor? seed, float dropout_p, ScalarType x_dtype, bool need_dx, bool need_dresidual, bool need_dweight,"
     " bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_backward, "triton": _triton.lazy("layer_norm", "layer_norm_backward")},
+    {
+        "cpp": _cpp_backward,
+        "triton": _triton.lazy("layer_norm", "layer_norm_backward"),
+        "cuda": _cuda_layer_norm.layer_norm_backward,
+    },
     _fake_backward,
     public=4,
 )
 _layer_norm = Operator(
     "layer_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    {"cpp": _cpp_layer_norm, "triton": _triton.lazy("layer_norm", "layer_norm")},
+    {
+        "cpp": _cpp_layer_norm,
+        "triton": _triton.lazy("layer_norm", "layer_norm"),
+        "cuda": _cuda_layer_norm.layer_norm,
+    },
     _fake_layer_norm,
     setup_context=_setup_layer_norm_context,
     backward=_layer_norm_gradients,
@@ -283,7 +292,11 @@ _dropout_add_layer_norm = Operator(
     "dropout_add_layer_norm",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? row_ids, Tensor? seed, float dropout_p,"
     " float eps, bool keep_sum) -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_dropout_add_layer_norm, "triton": _triton.lazy("layer_norm", "dropout_add_layer_norm")},
+    {
+        "cpp": _cpp_dropout_add_layer_norm,
+        "triton": _triton.lazy("layer_norm", "dropout_add_layer_norm"),
+        "cuda": _cuda_layer_norm.dropout_add_layer_norm,
+    },
     _fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_approximate, check_columns, check_parameter
+from fasttune.ops._cuda import layer_norm as _cuda_layer_norm
 from fasttune.ops._operator import Operator
 from fasttune.ops._reference.layer_norm import gelu_layer_norm as gelu_layer_norm_reference
 from fasttune.ops._reference.layer_norm import layer_norm_gelu as layer_norm_gelu_reference
@@ -111,7 +112,11 @@ def _operators(name: str) -> Operator:
         f"{name}_backward",
         "(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, bool tanh, bool need_dx,"
         " bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)",
-        {"cpp": _cpp_backward(f"{name}_backward"), "triton": _triton.lazy("layer_norm", f"{name}_backward")},
+        {
+            "cpp": _cpp_backward(f"{name}_backward"),
+            "triton": _triton.lazy("layer_norm", f"{name}_backward"),
+            "cuda": getattr(_cuda_layer_norm, f"{name}_backward"),
+        },
         _fake_backward,
         public=3,
     )
@@ -127,7 +132,11 @@ def _operators(name: str) -> Operator:
     return Operator(
         name,
         "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool tanh) -> (Tensor, Tensor)",
-        {"cpp": _cpp_forward(name), "triton": _triton.lazy("layer_norm", name)},
+        {
+            "cpp": _cpp_forward(name),
+            "triton": _triton.lazy("layer_norm", name),
+            "cuda": getattr(_cuda_layer_norm, name),
+        },
         _fake,
         setup_context=_setup_context,
         backward=backward,

@@ -18,7 +18,7 @@ FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "c
 
 def run(*command, env=None, check=True, cwd=None):
     """Runs a command and returns its output, stdout and stderr together; raises with that output when it fails."""
-    full = {**os.environ, **(env or {})}
+    full = {**os.environ, "FASTTUNE_BUILD_CUDA": "0", **(env or {})}  # minutes a build, where there is an nvcc
     for variable in ("PYTHONPATH", "FASTTUNE_BACKEND", "FASTTUNE_CPU_ISA"):
         full.pop(variable, None)
     result = subprocess.run(

@@ -1,0 +1,332 @@
+// What the three attention kernels share: where a block works, tiles in shared memory, and a warp's matrix
+// products.
+//
+// Shape legend: Q queries and K keys of a sequence, H heads, D head dimension. A block owns some rows of one
+// head of one sequence (queries in the forward and dQ kernels, keys in the dK, dV kernel), 16 per warp, and
+// walks over tiles of the other axis, which stream through shared memory with cp.async: while one tile is
+// computed the next one arrives. Both sides are padded to kDim = 64 or 128 columns, with zeros; products skip
+// the 16-column steps beyond D.
+//
+// A warp's result of 16 x n values lies in registers as mma lays it out: float c[n / 8][4], where of lane 4 g
+// + t c[j][i] is row g + 8 (i / 2), column 8 j + 2 t + i % 2. Weights in this layout are the first operand of
+// the next product as they are (Dao 2023). float32 tensors take the same kernels with products by fused
+// multiply-adds on the same layout: there, weights pass through shared memory.
+//
+// Rows in shared memory are padded by 16 bytes, so that the eight rows which one phase of ldmatrix reads, and
+// the rows which neighbouring lanes read, lie in different banks.
+#pragma once
+#include "cuda/mma.cuh"
+#include "cuda/philox.cuh"
+#include "cuda/vector.cuh"
+
+namespace fasttune::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+template <class T, int kDimension>
+struct Tiles {
+  static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr int kDim = kDimension;
+  static constexpr int kWarps = kIsFloat ? 2 : 4;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kRows = 16 * kWarps;                             // that a block owns
+  static constexpr int kSteps = (kIsFloat ? 2048 : 4096) / kDimension;  // rows of a streamed tile
+  static constexpr int kStages = kIsFloat ? 1 : 2;                      // streamed tiles in shared memory
+  static constexpr int kPitch = kDimension + 16 / static_cast<int>(sizeof(T));
+  static constexpr int kOwned = kRows * kPitch, kStreamed = kSteps * kPitch;  // elements of one tile
+  static constexpr int kScratchPitch = kSteps + 4;
+  static constexpr int kScratch =
+      kIsFloat ? 16 * kScratchPitch : 0;  // per warp: weights on their way to a product
+};
+
+// ---------------------------------------------------------------------------------------------------- places
+
+// The sequence, head and tile of a block.
+struct Place {
+  int64_t sequence, first_row;  // first_row: of the sequence in packed tensors
+  int head, tile;               // tile < 0: nothing to do
+  int queries, keys;
+  int64_t statistics;  // index of the sequence's first query in lse and delta
+};
+
+__device__ __forceinline__ int64_t offset_at(const fasttune_attention_args& args, int64_t index) {
+  return args.offsets_are_64_bit ? static_cast<const int64_t*>(args.offsets)[index]
+                                 : static_cast<const int*>(args.offsets)[index];
+}
+
+// Blocks are numbered tile first, then head, then sequence. Packed, sequence s owns the tiles from
+// offsets[s] / rows + s on: at least as many as it has, and the grid needs no length but the total. The last
+// such s is found by bisection; blocks without rows get tile -1.
+__device__ __forceinline__ Place locate(const fasttune_attention_args& args, int rows, int64_t tiles,
+                                        bool owns_keys) {
+  Place at;
+  const int64_t block = blockIdx.x;
+  int64_t tile = block % tiles;
+  at.head = static_cast<int>(block / tiles % args.heads);
+  at.sequence = block / tiles / args.heads;
+  at.first_row = 0;
+  at.queries = static_cast<int>(args.queries);
+  at.keys = static_cast<int>(args.keys);
+  at.statistics = (at.sequence * args.heads + at.head) * args.queries;
+  if (args.offsets) {
+    int64_t low = 0, high = args.sequences;
+    while (low + 1 < high) {
+      const int64_t middle = (low + high) / 2;
+      if (offset_at(args, middle) / rows + middle <= tile)
+        low = middle;
+      else
+        high = middle;
+    }
+    at.sequence = low;
+    at.first_row = offset_at(args, low);
+    at.queries = at.keys = static_cast<int>(offset_at(args, low + 1) - at.first_row);
+    tile -= at.first_row / rows + low;
+    at.statistics = at.head * args.queries + at.first_row;
+  }
+  const int owned = owns_keys ? at.keys : at.queries;
+  at.tile = tile * rows < owned ? static_cast<int>(tile) : -1;
+  return at;
+}
+
+inline int64_t tiles_of(const fasttune_attention_args& args, int64_t owned, int rows) {
+  return args.offsets ? args.queries / rows + args.sequences : divide_up<int64_t>(owned, rows);
+}
+
+inline int64_t blocks_of(const fasttune_attention_args& args, int64_t tiles) {
+  return tiles * args.heads * (args.offsets ? 1 : args.sequences);
+}
+
+template <class T>
+__device__ __forceinline__ T* head_rows(const fasttune_head_rows& rows, const fasttune_attention_args& args,
+                                        const Place& at) {
+  const int64_t sequence = args.offsets ? at.first_row * rows.row : at.sequence * rows.sequence;
+  return static_cast<T*>(rows.data) + sequence + at.head * rows.head;
+}
+
+// Whether every row of the tensor can be read and written 16 bytes at a time.
+inline bool in_vectors(const fasttune_head_rows& rows, int64_t head_dim, size_t element) {
+  const int64_t per_vector = static_cast<int64_t>(16 / element);
+  return is_aligned(rows.data) && head_dim % per_vector == 0 && rows.sequence % per_vector == 0 &&
+         rows.row % per_vector == 0 && rows.head % per_vector == 0;
+}
+
+// ----------------------------------------------------------------------------------------------------- tiles
+
+// Rows [first, first + kCount) of a head to shared memory; zeros beyond `rows` and beyond head_dim. With
+// `vectors` the copies are asynchronous and belong to the group that is committed next.
+template <class P, int kCount, class T>
+__device__ __forceinline__ void load_tile(T* tile, const T* head, int64_t stride, int first, int rows,
+                                          int head_dim, bool vectors) {
+  constexpr int kVectorSize = 16 / sizeof(T), kPerRow = P::kDim / kVectorSize;
+  static_assert(kCount * kPerRow % P::kThreads == 0, "every thread copies as many vectors");
+  if (vectors) {
+    FASTTUNE_UNROLL
+    for (int i = 0; i < kCount * kPerRow / P::kThreads; ++i) {
+      const int index = i * P::kThreads + static_cast<int>(threadIdx.x);
+      const int row = index / kPerRow, column = index % kPerRow * kVectorSize;
+      const bool valid = first + row < rows && column < head_dim;
+      const T* from = head + (valid ? static_cast<int64_t>(first + row) * stride + column : 0);
+      cp_async(tile + row * P::kPitch + column, from, valid);
+    }
+  } else {
+    FASTTUNE_NO_UNROLL
+    for (int index = static_cast<int>(threadIdx.x); index < kCount * P::kDim; index += P::kThreads) {
+      const int row = index / P::kDim, column = index % P::kDim;
+      const bool valid = first + row < rows && column < head_dim;
+      tile[row * P::kPitch + column] =
+          valid ? head[static_cast<int64_t>(first + row) * stride + column] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// This warp's 16 rows, factor[i] times the values of rows g + 8 i, to rows [first, first + 16) of a head,
+// those before `rows`. They pass through `tile`, 16 rows of shared memory that only this warp uses, so that
+// the writes to memory are 16 bytes each and consecutive.
+template <class P, class T>
+__device__ __forceinline__ void store_rows(T* tile, const float (&values)[P::kDim / 8][4],
+                                           const float (&factor)[2], T* head, int64_t stride, int first,
+                                           int rows, int head_dim, bool vectors) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  __syncwarp();  // the tile's last readers are done
+  FASTTUNE_UNROLL
+  for (int j = 0; j < P::kDim / 8; ++j) {
+    FASTTUNE_UNROLL
+    for (int i = 0; i < 4; ++i)
+      tile[(g + i / 2 * 8) * P::kPitch + 8 * j + 2 * t + i % 2] = from_float<T>(values[j][i] * factor[i / 2]);
+  }
+  __syncwarp();
+  T* to = head + static_cast<int64_t>(first) * stride;
+  if (vectors) {
+    constexpr int kVectorSize = 16 / sizeof(T), kPerRow = P::kDim / kVectorSize;
+    FASTTUNE_UNROLL
+    for (int i = 0; i < 16 * kPerRow / kWarp; ++i) {
+      const int index = i * kWarp + lane_index(), row = index / kPerRow,
+                column = index % kPerRow * kVectorSize;
+      if (first + row < rows && column < head_dim)
+        *reinterpret_cast<uint4*>(to + row * stride + column) =
+            *reinterpret_cast<const uint4*>(tile + row * P::kPitch + column);
+    }
+  } else {
+    FASTTUNE_NO_UNROLL
+    for (int index = lane_index(); index < 16 * P::kDim; index += kWarp) {
+      const int row = index / P::kDim, column = index % P::kDim;
+      if (first + row < rows && column < head_dim) to[row * stride + column] = tile[row * P::kPitch + column];
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- products
+
+// c += A Bᵀ: A 16 rows, B 8 * kTiles rows, both of head_dim columns in shared memory.
+template <class P, int kTiles, class T>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], const T* a, const T* b,
+                                                    int head_dim) {
+  const int lane = lane_index();
+  if constexpr (P::kIsFloat) {
+    const int g = lane / 4, t = lane % 4;
+    FASTTUNE_NO_UNROLL
+    for (int k = 0; k < head_dim; k += 4) {
+      const float4 low = *reinterpret_cast<const float4*>(a + g * P::kPitch + k);
+      const float4 high = *reinterpret_cast<const float4*>(a + (g + 8) * P::kPitch + k);
+      FASTTUNE_UNROLL
+      for (int j = 0; j < kTiles; ++j) {
+        FASTTUNE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const float4 w = *reinterpret_cast<const float4*>(b + (8 * j + 2 * t + i) * P::kPitch + k);
+          c[j][i] = fmaf(low.x, w.x, fmaf(low.y, w.y, fmaf(low.z, w.z, fmaf(low.w, w.w, c[j][i]))));
+          c[j][2 + i] =
+              fmaf(high.x, w.x, fmaf(high.y, w.y, fmaf(high.z, w.z, fmaf(high.w, w.w, c[j][2 + i]))));
+        }
+      }
+    }
+  } else {
+    const T* a_row = a + lane % 16 * P::kPitch + lane / 16 * 8;
+    const T* b_row = b + (lane % 8 + lane / 16 * 8) * P::kPitch + lane / 8 % 2 * 8;
+    FASTTUNE_UNROLL
+    for (int k = 0; k < P::kDim; k += 16) {
+      if (k >= head_dim) break;
+      uint32_t fragment[4];
+      ldmatrix(fragment, a_row + k);
+      if (FASTTUNE_SEEDED(kBugWrongFragment)) fragment[1] = fragment[2];
+      FASTTUNE_UNROLL
+      for (int j = 0; j < kTiles; j += 2) {
+        uint32_t pair[4];
+        ldmatrix(pair, b_row + 8 * j * P::kPitch + k);
+        mma<T>(c[j], fragment, pair[0], pair[1]);
+        mma<T>(c[j + 1], fragment, pair[2], pair[3]);
+      }
+    }
+  }
+}
+
+// c += W B: W 16 x 8 * kTiles weights in registers, B 8 * kTiles rows of head_dim columns in shared memory.
+// scratch: of this warp, for float32.
+template <class P, int kTiles, class T>
+__device__ __forceinline__ void multiply(float (&c)[P::kDim / 8][4], const float (&w)[kTiles][4], const T* b,
+                                         int head_dim, T* scratch) {
+  const int lane = lane_index();
+  if constexpr (P::kIsFloat) {
+    const int g = lane / 4, t = lane % 4;
+    __syncwarp();
+    FASTTUNE_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      FASTTUNE_UNROLL
+      for (int i = 0; i < 4; ++i)
+        scratch[(g + i / 2 * 8) * P::kScratchPitch + 8 * j + 2 * t + i % 2] = w[j][i];
+    }
+    __syncwarp();
+    FASTTUNE_NO_UNROLL
+    for (int k = 0; k < 8 * kTiles; ++k) {
+      const float low = scratch[g * P::kScratchPitch + k], high = scratch[(g + 8) * P::kScratchPitch + k];
+      FASTTUNE_UNROLL
+      for (int j = 0; j < P::kDim / 8; ++j) {
+        if (8 * j >= head_dim) break;
+        const float2 pair = *reinterpret_cast<const float2*>(b + k * P::kPitch + 8 * j + 2 * t);
+        c[j][0] = fmaf(low, pair.x, c[j][0]);
+        c[j][1] = fmaf(low, pair.y, c[j][1]);
+        c[j][2] = fmaf(high, pair.x, c[j][2]);
+        c[j][3] = fmaf(high, pair.y, c[j][3]);
+      }
+    }
+  } else {
+    const T* b_row = b + lane % 16 * P::kPitch + lane / 16 * 8;
+    FASTTUNE_UNROLL
+    for (int k = 0; k < kTiles; k += 2) {
+      const uint32_t fragment[4] = {pack<T>(w[k][0], w[k][1]), pack<T>(w[k][2], w[k][3]),
+                                    pack<T>(w[k + 1][0], w[k + 1][1]), pack<T>(w[k + 1][2], w[k + 1][3])};
+      FASTTUNE_UNROLL
+      for (int j = 0; j < P::kDim / 8; j += 2) {
+        if (8 * j >= head_dim) break;
+        uint32_t pair[4];
+        ldmatrix_transposed(pair, b_row + 8 * k * P::kPitch + 8 * j);
+        mma<T>(c[j], fragment, pair[0], pair[1]);
+        mma<T>(c[j + 1], fragment, pair[2], pair[3]);
+      }
+    }
+  }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
+  FASTTUNE_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    FASTTUNE_UNROLL
+    for (int i = 0; i < 4; ++i) c[j][i] = 0.0f;
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- dropout
+
+// Which weights of queries g and g + 8 of a warp are dropped, for the 128 keys of one block of counters: a
+// lane needs the columns 2t, 2t + 1, 2t + 8 and 2t + 9 modulo 16, so four counters per query, all of whose
+// bits it uses.
+struct DroppedKeys {
+  uint32_t bits[2];
+
+  __device__ __forceinline__ void draw(const DropoutKey& dropout, int first_key, int query, uint32_t head) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    FASTTUNE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      bits[row] = 0;
+      FASTTUNE_UNROLL
+      for (int i = 0; i < 4; ++i)
+        bits[row] |=
+            dropped_bits(dropout,
+                         static_cast<uint32_t>(first_key / kDropoutBlock * 16 + 2 * t + i % 2 + i / 2 * 8),
+                         static_cast<uint32_t>(query + g + 8 * row), head, kAttentionDomain)
+            << (8 * i);
+    }
+  }
+
+  // Of c[j][i] in a tile of keys from first_key on.
+  __device__ __forceinline__ bool operator()(int first_key, int j, int i) const {
+    const int sixteen = first_key % kDropoutBlock / 16 + j / 2;
+    return (bits[i / 2] >> (8 * (i % 2 + j % 2 * 2) + sixteen)) & 1u;
+  }
+};
+
+// The number of sequence and head in the generator's coordinates.
+__device__ __forceinline__ uint32_t head_number(const fasttune_attention_args& args, const Place& at) {
+  return static_cast<uint32_t>(at.sequence * args.heads + at.head);
+}
+
+// Dynamic shared memory in bytes: two owned tiles (forward: one), two streamed ones in every stage, the
+// scratch.
+template <class P, class T>
+constexpr size_t shared_bytes(bool backward) {
+  return sizeof(T) *
+         ((backward ? 2 : 1) * P::kOwned + 2 * P::kStages * P::kStreamed + P::kWarps * P::kScratch);
+}
+
+// Calls body(tile type) for the element type and head dimension of the arguments.
+template <class Body>
+const char* with_tiles(const fasttune_attention_args& args, const Body& body) {
+  if (args.head_dim < 1 || args.head_dim > 128) return "the head dimension is not between 16 and 128";
+  FASTTUNE_WITH_CUDA_DTYPE(args.dtype, T, {
+    if (args.head_dim <= 64) return body(Tiles<T, 64>(), T());
+    return body(Tiles<T, 128>(), T());
+  });
+  return nullptr;
+}
+
+}  // namespace fasttune::cuda

@@ -1,0 +1,169 @@
+"""Every Triton kernel as the library launches it: the calls that are compiled ahead of time (see aot.py).
+
+A case calls a launcher in fasttune/kernels on fake CUDA tensors; all kernels it launches are compiled and held against
+benchmarks/gpu_budgets.toml. All cases on all targets take minutes; `gate` names the targets that every test run
+compiles: head dimensions 64 and 128 in both 16-bit types on the targets of today, and of the rest one of each kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# BERT-base with 8 sequences of 512 tokens: the shapes behind the figures of the report.
+SEQUENCES, TOKENS, HIDDEN = 8, 512, 768
+ROWS = SEQUENCES * TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`call` makes its own tensors on device "cuda". `facts`: what the budget's conditions may ask of it."""
+
+    operation: str
+    variant: str
+    dtype: torch.dtype
+    call: Callable[[], Any]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    gate: tuple[str, ...] = ()
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.operation, self.variant, self.dtype_name)))
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def new_seed() -> torch.Tensor:
+    return empty(1, dtype=torch.int64)
+
+
+def _attention(dtype: torch.dtype, head_dim: int, causal: bool, dropout: bool, packed: bool) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import attention
+
+        heads = HIDDEN // head_dim
+        shape = (ROWS, heads, head_dim) if packed else (SEQUENCES, TOKENS, heads, head_dim)
+        query = empty(*shape, dtype=dtype)
+        offsets = empty(SEQUENCES + 1, dtype=torch.int32) if packed else None
+        seed = new_seed() if dropout else None
+        options = (seed, causal, head_dim**-0.5, 0.1 if dropout else 0.0)
+        out, lse = attention.forward(query, query, query, offsets, None, *options)
+        attention.backward(out, query, query, query, out, lse, offsets, *options, [True] * 3)
+
+    return call
+
+
+def attention_cases() -> Iterator[Case]:
+    for dtype, head_dim, dropout, packed in itertools.product(DTYPES, (64, 128), (False, True), (False, True)):
+        half = dtype != torch.float32
+        if half and not packed and not dropout:
+            gate = ("sm80", "sm90", "gfx942") + (("sm100",) if dtype == torch.bfloat16 and head_dim == 64 else ())
+        elif dtype == torch.bfloat16 and head_dim == 64:
+            gate = ("sm90", "gfx942") if dropout and not packed else ("sm90",) if packed and not dropout else ()
+        else:
+            gate = ()
+        parts = (f"d{head_dim}", "causal", "packed" if packed else "", "dropout" if dropout else "")
+        yield Case(
+            "attention",
+            " ".join(filter(None, parts)),
+            dtype,
+            _attention(dtype, head_dim, True, dropout, packed),
+            {"head_dim": head_dim, "dropout": dropout},
+            gate,
+        )
+    # Masks without the diagonal, and head dimensions that are padded inside, change little: one of each.
+    yield Case(
+        "attention",
+        "d64",
+        torch.bfloat16,
+        _attention(torch.bfloat16, 64, False, False, False),
+        {"head_dim": 64, "dropout": False},
+    )
+    yield Case(
+        "attention",
+        "d48 causal",
+        torch.bfloat16,
+        _attention(torch.bfloat16, 48, True, False, False),
+        {"head_dim": 48, "dropout": False},
+    )
+
+
+def _dropout(dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import dropout
+
+        x = empty(ROWS, HIDDEN, dtype=dtype)
+        dropout.dropout(x, x, None, new_seed(), 0.1)
+
+    return call
+
+
+def _bias_gelu(dtype: torch.dtype, tanh: bool) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import gelu
+
+        x, bias = empty(ROWS, 4 * HIDDEN, dtype=dtype), empty(4 * HIDDEN, dtype=dtype)
+        gelu.bias_gelu(x, bias, tanh)
+        gelu.bias_gelu_backward(x, x, bias, tanh, True, True)
+
+    return call
+
+
+def _layer_norm(dtype: torch.dtype, columns: int, dropout: bool) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import layer_norm
+
+        x, weight = empty(ROWS, columns, dtype=dtype), empty(columns, dtype=dtype)
+        needs = (True, dropout, True, True)
+        if dropout:
+            seed = new_seed()
+            _, total, statistics = layer_norm.dropout_add_layer_norm(x, x, weight, weight, None, seed, 0.1, 1e-5, True)
+            layer_norm.layer_norm_backward(x, None, total, weight, weight, statistics, None, seed, 0.1, dtype, *needs)
+        else:
+            _, statistics = layer_norm.layer_norm(x, weight, weight, 1e-5)
+            layer_norm.layer_norm_backward(x, None, x, weight, weight, statistics, None, None, 0.0, dtype, *needs)
+
+    return call
+
+
+def _layer_norm_gelu(dtype: torch.dtype, before: bool) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import layer_norm
+
+        x, weight = empty(ROWS, HIDDEN, dtype=dtype), empty(HIDDEN, dtype=dtype)
+        forward = layer_norm.gelu_layer_norm if before else layer_norm.layer_norm_gelu
+        backward = layer_norm.gelu_layer_norm_backward if before else layer_norm.layer_norm_gelu_backward
+        _, statistics = forward(x, weight, weight, 1e-5, False)
+        backward(x, x, weight, weight, statistics, False, True, True, True)
+
+    return call
+
+
+def elementwise_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        gate = TARGETS if dtype == torch.bfloat16 else ("sm90",)
+        sample = ("sm90", "gfx942") if dtype == torch.bfloat16 else ()
+        yield Case("dropout", "", dtype, _dropout(dtype), {"dropout": True}, gate)
+        yield Case("bias_gelu", "erf", dtype, _bias_gelu(dtype, False), {}, gate)
+        yield Case("bias_gelu", "tanh", dtype, _bias_gelu(dtype, True), {}, sample)
+        yield Case("layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, False), {}, gate)
+        yield Case("layer_norm", "C1600", dtype, _layer_norm(dtype, 1600, False), {}, sample)
+        yield Case("dropout_add_layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, True), {"dropout": True}, gate)
+        yield Case("layer_norm_gelu", "", dtype, _layer_norm_gelu(dtype, False), {}, sample)
+        yield Case("gelu_layer_norm", "", dtype, _layer_norm_gelu(dtype, True), {}, sample)
+
+
+def cases() -> list[Case]:
+    return [*attention_cases(), *elementwise_cases()]

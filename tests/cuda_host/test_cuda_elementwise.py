@@ -1,0 +1,69 @@
+"""The CUDA dropout and bias + GELU, run on the host: masks bit for bit, values against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import DTYPES, assert_same_math
+
+from cuda_host import building
+from fasttune import ops
+from fasttune.ops._reference.philox import elementwise_keep_mask, keep_scale
+from fasttune.ops.dropout import _dropout
+
+NEEDS_CPP = pytest.mark.skipif(
+    building.ON_GPU or "cpp" not in ops.available_backends("dropout"),
+    reason="needs the compiled CPU library, and CPU tensors",
+)
+
+
+# 1: a single column; 131: one block of counters and a ragged tail; 1500: several warps; p = 1: nothing is kept.
+@pytest.mark.parametrize(("rows", "columns", "p"), [(3, 1, 0.3), (33, 131, 0.1), (5, 1500, 0.5), (2, 128, 1.0)])
+def test_mask_is_the_references_bit_for_bit(rows, columns, p):
+    seed, ids = torch.tensor([-(2**62) + 12345]), torch.arange(rows) + 2**33 - 1
+    out = _dropout(torch.ones(rows, columns), None, ids, seed, p, "cuda")
+    assert torch.equal(out, elementwise_keep_mask(ids, columns, seed, p) * torch.tensor(keep_scale(p)))
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("columns", [384, 701])
+def test_mask_is_the_cpp_one(columns):
+    x, seed = torch.randn(70, columns), torch.tensor([7])
+    assert torch.equal(*(_dropout(x, x, None, seed, 0.1, backend) for backend in ("cpp", "cuda")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 131), (9, 264), (0, 5), (3, 0)])
+def test_dropout_matches_the_reference(dtype, shape):
+    def run_on(backend):
+        def function(x, residual):
+            torch.manual_seed(1)
+            return ops.dropout(x, dropout_p=0.25, residual=residual, backend=backend)
+
+        return function
+
+    inputs = [torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)]
+    assert_same_math(run_on("cuda"), run_on("torch"), inputs, ["x", "residual"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize(("rows", "columns"), [(75, 261), (40, 264), (1, 3)])
+def test_bias_gelu_matches_stock(rows, columns, approximate, dtype):
+    assert_same_math(
+        lambda x, bias: ops.bias_gelu(x, bias, approximate=approximate, backend="cuda"),
+        lambda x, bias: F.gelu(x + bias, approximate=approximate),
+        [(3 * torch.randn(rows, columns)).to(dtype), torch.randn(columns).to(dtype)],
+        ("x", "bias"),
+    )
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_has_its_limits_at_the_ends(approximate):
+    x = torch.tensor([[float("-inf"), -1e30, -40.0, 0.0, 40.0, 1e30, float("inf"), float("nan")]], requires_grad=True)
+    out = ops.bias_gelu(x, None, approximate=approximate, backend="cuda")
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert out[0, :4].tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert out[0, 4:7].tolist() == [40.0, torch.tensor(1e30).item(), float("inf")]
+    assert dx[0, :7].tolist() == [0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+    assert out[0, 7].isnan()
+    assert dx[0, 7].isnan()
