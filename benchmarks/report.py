@@ -3,7 +3,8 @@
     pytest benchmarks/ --benchmark-only --benchmark-json out/benchmarks.json
     python benchmarks/report.py out/benchmarks.json --out out
 
-writes out/benchmarks.md, out/benchmarks-steps.png and out/benchmarks-operations.png.
+writes out/benchmarks.md and its plots beside it. A run may be in several files, such as operations in one and training
+steps in another; where a row is in two of them, the later file counts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-INK, GREY, STOCK, FASTTUNE = "#1f2430", "#8a8f98", "#c0653a", "#1c7c7d"
+import padding_plot
+from style import FASTTUNE, GREY, INK, STOCK
+
 STEP, OVERHEAD = "training step", "overhead"
 
 METHOD = """\
@@ -40,16 +43,18 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The machine, and a flat record for each row that finished."""
-    data = json.loads(path.read_text())
-    records = []
-    for row in data["benchmarks"]:
-        if "group" not in row["extra_info"]:
-            continue
-        median_ms = 1e3 * row["stats"]["median"]
-        records.append(row["extra_info"] | {"name": row["name"], "median_ms": median_ms})
-    return data["machine_info"].get("fasttune", {}), records
+def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The machines, each once, and a flat record for each row that finished."""
+    machines: list[dict[str, Any]] = []
+    records: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        data = json.loads(path.read_text())
+        machines.append(data["machine_info"].get("fasttune", {}))
+        for row in data["benchmarks"]:
+            if "group" in row["extra_info"]:
+                median_ms = 1e3 * row["stats"]["median"]
+                records[row["name"]] = row["extra_info"] | {"name": row["name"], "median_ms": median_ms}
+    return machines, list(records.values())
 
 
 def step_table(records: Sequence[dict[str, Any]]) -> str:
@@ -96,6 +101,17 @@ def operation_table(records: Sequence[dict[str, Any]]) -> str:
     return markdown_table([*header, "extra memory, fasttune / peer"], rows)
 
 
+def memory_table(records: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for record in records:
+        peaks = record["peak_memory"]
+        ours = peaks["fasttune"]
+        peers = {name: peak for name, peak in peaks.items() if name != "fasttune"}
+        told = ", ".join(f"{name.removeprefix('stock ')} {mb(peak)}" for name, peak in peers.items())
+        rows.append([record["shape"], mb(ours), told, f"{min(peers.values()) / ours:.1f}×"])
+    return markdown_table(["step", "fasttune", "stock", "the better one ÷ fasttune"], rows)
+
+
 def overhead_table(records: Sequence[dict[str, Any]]) -> str:
     rows = [
         [f"`{record['shape']}`", *(f"{record[key]:.0f} µs" for key in ("overhead_us", "kernel_us", "layer_norm_us"))]
@@ -114,12 +130,12 @@ def machine_line(machine: dict[str, Any]) -> str:
     )
 
 
-def page(machine: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
     steps = [record for record in records if record["group"] == STEP]
     overhead = [record for record in records if record["group"] == OVERHEAD]
     operations = [record for record in records if record["group"] not in (STEP, OVERHEAD)]
-    parts = ["# Benchmarks", machine_line(machine)]
-    if machine.get("quick"):
+    parts = ["# Benchmarks", *dict.fromkeys(map(machine_line, machines))]
+    if any(machine.get("quick") for machine in machines):
         parts.append("**A quick run on tiny shapes: it tries the harness, the figures mean nothing.**")
     parts += [METHOD, "Reproduce with `make bench`."]
     if steps:
@@ -129,6 +145,11 @@ def page(machine: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
             "![step time over needed matrix products](benchmarks-steps.png)",
             step_table(steps),
         ]
+        if padding_plot.rows_by_fill(steps):
+            parts.append("![speed-up against fill](benchmarks-fill.png)")
+        measured = [record for record in steps if "peak_memory" in record]
+        if measured:
+            parts += ["Peak memory of a step beyond weights, gradients and optimizer state:", memory_table(measured)]
     if operations:
         parts += ["## Operations, forward and backward", "![speed-ups](benchmarks-operations.png)"]
         parts.append(operation_table(operations))
@@ -218,22 +239,24 @@ def plot_operations(records: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def write(source: Path, out: Path) -> Path:
-    machine, records = load(source)
+def write(sources: Sequence[Path], out: Path) -> Path:
+    machines, records = load(sources)
     out.mkdir(parents=True, exist_ok=True)
     steps = [record for record in records if record["group"] == STEP]
     operations = [record for record in records if record["group"] not in (STEP, OVERHEAD)]
     if steps:
         plot_steps(steps, out / "benchmarks-steps.png")
+        if padding_plot.rows_by_fill(steps):
+            padding_plot.plot(steps, out / "benchmarks-fill.png")
     if operations:
         plot_operations(operations, out / "benchmarks-operations.png")
-    (out / "benchmarks.md").write_text(page(machine, records))
+    (out / "benchmarks.md").write_text(page(machines, records))
     return out / "benchmarks.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path)
+    parser.add_argument("json", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the page and its plots")
     args = parser.parse_args(argv)
     print(write(args.json, args.out))

@@ -127,9 +127,9 @@ def test_quick_run_and_report(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     names = {row["name"] for row in json.loads(output.read_text())["benchmarks"]}
     assert len(names) > 40
-    page = report.write(output, tmp_path).read_text()
+    page = report.write([output], tmp_path).read_text()
     for heading in ("## Training steps", "## Operations", "## Overhead"):
         assert heading in page
     assert "the figures mean nothing" in page
-    for plot in ("benchmarks-steps.png", "benchmarks-operations.png"):
+    for plot in ("benchmarks-steps.png", "benchmarks-operations.png", "benchmarks-fill.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
