@@ -146,8 +146,9 @@ def _why_not(layer: Any, hidden: Tensor, plan: Plan | None, shape: tuple[int, in
         return ""
     if _active_collector.get():
         return "hidden states or attentions were asked for"
-    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-        return "gradient checkpointing"
+    # A reentrant checkpoint runs the layer without gradients first: rows that were promised there would have none.
+    if layer.training and (layer.gradient_checkpointing or not torch.is_grad_enabled()):
+        return "gradient checkpointing, or training without gradients"
     if torch.is_inference_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "inference mode or a functional transform"
     sharded = any(is_sharded(module) for module in call.model.modules())
