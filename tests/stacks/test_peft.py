@@ -150,7 +150,8 @@ def test_checkpointing_with_adapters(head):
     """PEFT's way with frozen embeddings: their output is made to require a gradient by a hook."""
     runs = []
     for checkpointed in (False, True):
-        model = adapted(head, "after", dropout=0.1, target_modules=targets(head, "attention"))
+        model = adapted(head, None, dropout=0.1, target_modules=targets(head, "attention"))
+        fasttune.patch(model, trim=False)  # a checkpointed last layer is not trimmed, which is rounded elsewhere
         model.enable_input_require_grads()
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": True})

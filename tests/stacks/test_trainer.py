@@ -127,7 +127,8 @@ def test_checkpointing_regenerates_the_masks(head, reentrant, tmp_path):
         {},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
     ):
-        model = fasttune.patch(build(head, dropout=0.1))
+        # A checkpointed last layer is not trimmed, and rows in another number are rounded elsewhere.
+        model = fasttune.patch(build(head, dropout=0.1), trim=False)
         model.enable_input_require_grads()  # on both sides: a hook for which the embeddings step aside
         trainer = trainer_of(model, tmp_path, **options)
         trainer.train()
