@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import _active_collector
 from fasttune import ops
 from fasttune.patching import plan as plans
 from fasttune.patching.plan import Plan, plan_of
-from fasttune.patching.rows import call_of, note_on_running_call, why_padding_is_read
+from fasttune.patching.rows import call_of, in_training, note_on_running_call, why_padding_is_read
 from fasttune.patching.stack import why_not_across
 from fasttune.patching.state import ModulePatch, patch_of, runs_fused
 
@@ -70,7 +70,7 @@ def mask(
             planned = _plan_of_padding(config, attention_mask, kwargs.get("dtype", torch.float32), causal=causal)
         if planned is not None:
             return planned
-        if plain and everything and torch.is_grad_enabled():
+        if plain and everything and (torch.is_grad_enabled() or in_training()):
             return None
     return (eager_mask if eager else sdpa_mask)(
         batch_size=batch_size,
@@ -101,7 +101,7 @@ def _plan_of_padding(config: Any, mask: Tensor, dtype: torch.dtype, *, causal: b
         return None
     why = why_padding_is_read(config, mask, causal=causal)
     if why is not None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or in_training():
             note_on_running_call("attention", f"padding kept: {why}")
         return None
     call = call_of(config)
@@ -115,7 +115,7 @@ def _plan_of_padding(config: Any, mask: Tensor, dtype: torch.dtype, *, causal: b
         why = "encoder_hidden_states given"
     if why is not None:
         note_on_running_call("packing", f"between layers: {why}")
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or in_training()):
             return None
     return plans.padding_plan(mask, causal=causal, across=why is None)
 

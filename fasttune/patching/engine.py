@@ -19,7 +19,9 @@ from torch import nn
 from fasttune.ops import _backends
 from fasttune.patching import rows
 from fasttune.patching.families import family_of, supported_models
+from fasttune.patching.layers import Patched
 from fasttune.patching.options import Options
+from fasttune.patching.plain import is_sharded
 from fasttune.patching.spec import Family, Replacement
 from fasttune.patching.state import (
     ATTRIBUTE,
@@ -85,7 +87,7 @@ def unpatch(model: Model) -> Model:
         delattr(part, ATTRIBUTE)
     for module in model.modules():
         if patch_of(module) is not None:
-            _restore_class(module)
+            module.__class__ = _stock_class(type(module))
             delattr(module, ATTRIBUTE)
     return model
 
@@ -114,6 +116,8 @@ def why_left_alone(name: str, module: nn.Module, rule: Replacement, options: Opt
     """Why a module that a family's rule speaks of keeps its class; None if it is to be replaced."""
     if not options.wants(rule.group):
         return ", ".join(f"{option}=False" for option in rule.group.split(" or "))
+    if is_sharded(module):
+        return "it was sharded before it was patched; call fasttune.patch before fully_shard"
     if type(module) not in (rule.stock, rule.by):
         return f"its class is {type(module).__module__}.{type(module).__name__}, which may compute something else"
     if "forward" in module.__dict__:
@@ -183,15 +187,22 @@ def _around(part: nn.Module, name: str) -> Iterator[nn.Module]:
         yield part.get_submodule(".".join(names[:depth]))
 
 
-def _restore_class(module: nn.Module) -> None:
-    """From a replacement back to the stock class: its base of the same name."""
-    cls = type(module)
+def _stock_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """From a replacement back to the stock class, its base of the same name."""
     if cls.__module__.startswith("fasttune."):
-        module.__class__ = next(
+        return next(
             base
             for base in cls.__mro__
             if base.__name__ == cls.__name__ and not base.__module__.startswith("fasttune.")
         )
+    # A wrapper may have derived its own class from the replacement since (fully_shard does). Transformers puts a
+    # forward into each class derived from a checkpointing layer, and will do so again.
+    bases = tuple(_stock_class(base) if issubclass(base, Patched) else base for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "forward")}
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, bases, members)
 
 
 def _swap_config(part: Any) -> ConfigSwap:

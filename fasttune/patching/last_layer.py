@@ -20,6 +20,7 @@ from fasttune import ops
 from fasttune.ops._random import repeating
 from fasttune.ops.packing import PackedBatch, gather_rows
 from fasttune.patching.lazy_rows import LazyRows, RowSource
+from fasttune.patching.plain import is_sharded
 from fasttune.patching.plan import Plan
 from fasttune.patching.rows import may_trim, note_on_running_call, rows_read, running_call
 from fasttune.patching.stack import is_last, rows_numbered, why_hooked
@@ -145,11 +146,13 @@ def _why_not(layer: Any, hidden: Tensor, plan: Plan | None, shape: tuple[int, in
         return ""
     if _active_collector.get():
         return "hidden states or attentions were asked for"
-    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-        return "gradient checkpointing"
+    # A reentrant checkpoint runs the layer without gradients first: rows that were promised there would have none.
+    if layer.training and (layer.gradient_checkpointing or not torch.is_grad_enabled()):
+        return "gradient checkpointing, or training without gradients"
     if torch.is_inference_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "inference mode or a functional transform"
-    if any(type(p) is not nn.Parameter for p in layer.parameters()):
+    sharded = any(is_sharded(module) for module in call.model.modules())
+    if sharded or any(type(p) is not nn.Parameter for p in layer.parameters()):
         return "sharded parameters"
     return layer.why_not_trimmed() or why_hooked(layer, ("transformers.utils.output_capturing",)) or _why_around(layer)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fasttune import ops
 from fasttune.patching.lazy_rows import LazyRows, LinearRows, MappedRows, RowSource, TensorRows
+from fasttune.patching.plain import is_sharded
+from fasttune.patching.rows import labels_given
 from fasttune.patching.spec import Replacement
 from fasttune.patching.state import ModulePatch
 from fasttune.patching.tied import head_view, lookup_view
@@ -66,6 +68,7 @@ class Linear(Patched, nn.Linear):
             return nn.Linear.forward(self, input)
         source: RowSource = input.source if isinstance(input, LazyRows) else TensorRows(input)
         logits = LinearRows(source, head_view(self.weight), self.bias)
+        logits.note = self._fasttune.aside
         return input.with_source(logits) if isinstance(input, LazyRows) else LazyRows.of(logits, input.shape[:-1])
 
     def _defers(self, input: Tensor) -> bool:
@@ -82,13 +85,27 @@ class Linear(Patched, nn.Linear):
 
 def may_defer(module: Patched) -> bool:
     """Whether a module of a head may return rows that nobody has computed yet."""
-    return (
+    may = (
         module.training
         and not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not any(m._backward_hooks or m._backward_pre_hooks for m in (module, *module._fasttune.within))
     )
+    why = _why_at_once(module) if may else None
+    if why is not None:
+        module._fasttune.aside(why)
+    return may and why is None
+
+
+def _why_at_once(module: Patched) -> str | None:
+    """What data parallelism has against rows that do not exist yet."""
+    if any(is_sharded(m) for m in (module, *module._fasttune.within)):
+        return "its weights are sharded and may be gone when rows are read"
+    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is not None and (ddp.find_unused_parameters or ddp.static_graph) and not labels_given():
+        return "DDP follows the graph of its outputs (find_unused_parameters or static_graph) and no labels came"
+    return None
 
 
 def mapped(lazy: LazyRows, module: nn.Module, function: Callable[[Any, Tensor], Tensor], features: int) -> LazyRows:
@@ -106,6 +123,8 @@ DROPOUTS = (nn.Dropout, Dropout)
 
 def why_no_layer_norm(module: Any) -> str | None:
     """Why `ops.layer_norm` cannot stand in for this LayerNorm."""
+    if not isinstance(module, nn.LayerNorm):
+        return f"its LayerNorm is a {type(module).__module__}.{type(module).__name__}"
     if module.weight is None or module.bias is None or len(module.normalized_shape) != 1:
         return "it has no weight and bias over one dimension"
     return None
@@ -113,6 +132,8 @@ def why_no_layer_norm(module: Any) -> str | None:
 
 def why_no_embedding(module: Any) -> str | None:
     """Why `ops.embedding` cannot stand in for this Embedding."""
+    if not isinstance(module, nn.Embedding):
+        return f"its Embedding is a {type(module).__module__}.{type(module).__name__}"
     if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         return "it uses max_norm, sparse or scale_grad_by_freq"
     return None

@@ -12,6 +12,7 @@ Shape legend: a LazyRows is (*lead, features); ids (*lead) int64 holds the sourc
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from math import prod
@@ -95,7 +96,9 @@ class MappedRows(RowSource):
 
 
 class LinearRows(RowSource):
-    """Rows of linear(source): logits. Their cross-entropy is computed without them."""
+    """Rows of linear(source): logits. Their cross-entropy is computed without them; `note` is told if they are read."""
+
+    note: Callable[[str], None] | None = None
 
     def __init__(self, source: RowSource, weight: Tensor, bias: Tensor | None) -> None:
         self.source, self.weight, self.bias = source, weight, bias
@@ -105,6 +108,8 @@ class LinearRows(RowSource):
         super().__init__((weight, bias))
 
     def _rows(self, ids: Tensor | None) -> Tensor:
+        if self.note is not None:
+            self.note("logits were read")
         return F.linear(self.source.rows(ids), self.weight, self.bias)
 
 
@@ -134,6 +139,9 @@ class LazyRows(Tensor):
             requires_grad=torch.is_grad_enabled(),
         )
         lazy.source, lazy.ids, lazy.everything, lazy.value, lazy.viewed = source, ids, everything, None, None
+        with torch._C.DisableTorchFunctionSubclass():
+            if lazy.requires_grad:
+                lazy.register_hook(_PassOn(lazy))
         return lazy
 
     def with_source(self, source: RowSource) -> LazyRows:
@@ -212,6 +220,20 @@ class LazyRows(Tensor):
         return self.materialize().detach().__reduce_ex__(protocol)
 
     handlers: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}
+
+
+class _PassOn:
+    """A gradient that reached a LazyRows itself goes on into the graph of its values: a torch.autograd.Function takes
+    its arguments without asking __torch_function__, and so gets a leaf where stock's logits have a graph."""
+
+    def __init__(self, lazy: LazyRows) -> None:
+        self._lazy = weakref.ref(lazy)
+
+    def __call__(self, grad: Tensor) -> None:
+        lazy = self._lazy()
+        assert lazy is not None  # the graph that the gradient came through holds it
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        torch.autograd.backward(lazy.materialize(), grad, retain_graph=keep_graph)
 
 
 def _writes(func: Callable[..., Any]) -> bool:
@@ -358,4 +380,6 @@ LazyRows.handlers = {
     Tensor.half: lambda lazy, **_: _cast(lazy, torch.float16),
     Tensor.bfloat16: lambda lazy, **_: _cast(lazy, torch.bfloat16),
     F.cross_entropy: _cross_entropy,
+    # There is none before the values are. DDP asks, to tell which outputs its own node has to follow.
+    Tensor.grad_fn.__get__: lambda lazy: None,  # type: ignore[attr-defined]
 }

@@ -6,6 +6,11 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this module: its weights are whole only while it runs."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 def why_not_plain(module: nn.Module, *classes: type[nn.Module]) -> str | None:
     """None if calling `module` does nothing but its class's own forward, and the class is exactly one of `classes`;
     else a reason."""

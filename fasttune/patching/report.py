@@ -72,19 +72,24 @@ def _rows(part: Any, family: Family, patch: ModelPatch) -> list[Row]:
         rule = family.replacement(name, module)
         if rule is not None:
             rules[name] = rule
-            if type(module) is rule.by:
+            if isinstance(module, rule.by):
                 covered |= {f"{name}.{child}" for child in rule.covers}
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, module in part.named_modules():
         if name not in rules or name in covered:
             continue
         rule = rules[name]
-        if type(module) is rule.by:
+        if isinstance(module, rule.by):
             state = (rule.does, _backend(rule.operation, tensor, settings.options), "")
         else:
             left = why_left_alone(name, module, rule, settings.options)
             state = ("", "", left or "put in after patching; call fasttune.patch again")
         groups.setdefault((skeleton(name), rule.stock.__name__, *state), []).append(name)
+    for name, module in part.named_modules():  # an adapter, say, in the place of a layer
+        for rule in family.replacements:
+            if rule.only and rule.named(name) and not isinstance(module, rule.stock):
+                note = f"its class is {type(module).__module__}.{type(module).__name__}, not {rule.stock.__name__}"
+                groups.setdefault((skeleton(name), type(module).__name__, "", "", note), []).append(name)
     asides = dict(settings.asides)
     rows = _attention_rows(part, family, settings, tensor)
     for (_, stock, runs, backend, note), names in groups.items():

@@ -133,6 +133,17 @@ def may_trim(call: Call) -> bool:
     return reader in (first_row, summary_row)
 
 
+def in_training() -> bool:
+    """Whether the running patched model is in training mode. A reentrant checkpoint runs it without gradients first,
+    and that run has to draw the dropout masks that the second one will draw."""
+    return bool(_calls.stack) and _calls.stack[-1].model.training
+
+
+def labels_given() -> bool:
+    """Whether the running patched model was called with labels=, and so computes a loss itself."""
+    return bool(_calls.stack) and _calls.stack[-1].inputs.get("labels") is not None
+
+
 def note_on_running_call(what: str, why: str) -> None:
     """Counts a call of the running patched model in which `what` stepped aside."""
     call = running_call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 # Which rows (B, S) of the last hidden state a head reads, given its forward's arguments by name, the padding mask
 # (B, S) and the config. None stands for all of them.
 RowReader = Callable[[Mapping[str, Any], Tensor, Any], Tensor | None]
+
+_PEFT_COPY = re.compile(r"\.modules_to_save\.[^.]+$")  # where PEFT puts the copy of a module that is trained in full
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class Replacement:
     pays_in_torch: bool = False  # worth it on the torch backend too (work is skipped, not only fused)
 
     def matches(self, name: str, module: nn.Module) -> bool:
-        return (not self.only or name.rpartition(".")[2] in self.only) and isinstance(module, self.stock)
+        """Also a replaced module that was moved elsewhere since, as PEFT does with a layer that it adapts."""
+        return isinstance(module, self.by) or (self.named(name) and isinstance(module, self.stock))
+
+    def named(self, name: str) -> bool:
+        return not self.only or _PEFT_COPY.sub("", name).rpartition(".")[2] in self.only
 
 
 @dataclass(frozen=True)

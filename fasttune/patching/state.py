@@ -3,6 +3,7 @@ can be deep-copied and pickled, and the copy can be unpatched."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from dataclasses import dataclass, field
@@ -42,6 +43,13 @@ class ModulePatch:
 
     def __post_init__(self) -> None:
         self.backend = self.settings.options.requested_backend
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModulePatch:
+        # A head that is copied alone (PEFT's modules_to_save does that) stays inside the modules it was in.
+        twin = copy.copy(self)
+        twin.settings = copy.deepcopy(self.settings, memo)
+        twin.within = tuple(memo.get(id(module), module) for module in self.within)
+        return twin
 
     def fused(self, x: Tensor) -> bool:
         """Whether a fused kernel would run on x; the torch backend only where it was asked for."""
