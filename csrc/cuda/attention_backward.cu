@@ -143,8 +143,10 @@ __global__ void __launch_bounds__(P::kThreads)
 
 // ---------------------------------------------------------------------------------------------------- dK, dV
 
+// Two blocks on a multiprocessor: left to itself the assembler aims at three on some architectures, and
+// spills.
 template <class P, class T, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads)
+__global__ void __launch_bounds__(P::kThreads, 2)
     attention_dkdv_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors, bool out_vectors) {
   FASTTUNE_DYNAMIC_SHARED(shared);
   // Of each streamed query: lse, δ, and which of its weights are dropped, a byte for each column modulo 16

@@ -34,6 +34,20 @@ __device__ __forceinline__ float as_stored(float x) {
   return to_float(from_float<T>(x));
 }
 
+// Two values of type T in one register, `low` at the lower address.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
 template <class T>
 struct alignas(16) Packed {
   T values[kVector];
@@ -65,13 +79,15 @@ template <class T>
 __device__ __forceinline__ void store8(T* row, int64_t column, int64_t columns, bool aligned,
                                        const float (&in)[kVector]) {
   if (aligned && column >= 0 && column + kVector <= columns) {
-    Packed<T> packed;
-    FASTTUNE_UNROLL
-    for (int i = 0; i < kVector; ++i) packed.values[i] = from_float<T>(in[i]);
-    constexpr int kAccesses = sizeof(Packed<T>) / 16;
-    uint4* to = reinterpret_cast<uint4*>(row + column);
-    FASTTUNE_UNROLL
-    for (int i = 0; i < kAccesses; ++i) to[i] = reinterpret_cast<const uint4*>(&packed)[i];
+    // In words: from a struct of 16-bit values the compiler makes 8-byte stores.
+    if constexpr (sizeof(T) == 4) {
+      float4* to = reinterpret_cast<float4*>(row + column);
+      to[0] = make_float4(in[0], in[1], in[2], in[3]);
+      to[1] = make_float4(in[4], in[5], in[6], in[7]);
+    } else {
+      *reinterpret_cast<uint4*>(row + column) = make_uint4(pack<T>(in[0], in[1]), pack<T>(in[2], in[3]),
+                                                           pack<T>(in[4], in[5]), pack<T>(in[6], in[7]));
+    }
     return;
   }
   FASTTUNE_UNROLL
