@@ -5,6 +5,8 @@
 #   make cuda-host  the CUDA kernels, run on the host: against float64, under sanitizers, with seeded bugs
 #   make cuda-build the CUDA kernels, as nvcc builds them, against their budgets
 #   make sanitize   the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make gpu-report docs/gpu-report.md: what the compilers make of every Triton kernel, for each GPU
+#   make triton36   the Triton kernels compiled by the oldest supported Triton
 #   make package    wheel, sdist and editable installs, with and without a compiler
 #   make bench      benchmarks, as JSON and a Markdown page in out/
 #   make clean      removes what the targets above made
@@ -22,9 +24,11 @@ BIN := $(VENV)/bin
 BUILD_REQUIRES := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
 # The version whose interpreter tests/interpreter mends. Without its dependents' consent: torch's CUDA build asks for 3.7.1.
 TRITON := triton==3.9.0
+# The oldest that pyproject.toml promises: GPU images lag behind.
+OLDEST_TRITON := triton==3.6.0
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 
-.PHONY: help demo test lint cuda-host cuda-build sanitize package bench build clean
+.PHONY: help demo test lint cuda-host cuda-build sanitize gpu-report triton36 package bench build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +76,20 @@ cuda-build: $(VENV)/.installed-dev
 sanitize: $(VENV)/.installed-dev
 	@echo "== testing the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	PYTHON=$(BIN)/python scripts/sanitize.sh
+
+gpu-report: $(VENV)/.installed-dev
+	@echo "== compiling every Triton kernel for every target"
+	$(BIN)/python scripts/gpu_report.py --out docs/gpu-report.md
+
+# Triton alone, in a folder that goes before the environment's own: torch and the rest come from the environment.
+$(VENV)/triton36/.installed: $(VENV)/.installed-dev
+	@echo "== installing $(OLDEST_TRITON) into $(VENV)/triton36"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(VENV)/triton36 $(OLDEST_TRITON)
+	@touch $@
+
+triton36: $(VENV)/triton36/.installed
+	@echo "== compiling the Triton kernels with $(OLDEST_TRITON)"
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python scripts/oldest_triton.py
 
 package: $(VENV)/.installed-dev
 	@echo "== testing wheel, sdist and editable installs"

@@ -12,8 +12,8 @@ Bytes: q, k, v, out and lse once for each tile of the other axis, most of it fro
 10 Q K D backward (14 with what both kernels recompute) a head, half of it if causal: tiles above the diagonal are never
 touched, those below it carry no mask. Matrix instructions are the bound; with dropout it is the generator (11 integer
 operations a weight), so forward and dQ walk in steps of 128 keys and use all that a counter gives; the dK, dV kernel
-does where its tile has 128 keys, and with 64 throws half away. A sequence's queries run from the last to the first:
-causal work is longest first.
+does where its tile has 128 keys, and with fewer throws the rest away, as float32 does everywhere. A sequence's queries
+run from the last to the first: causal work is longest first.
 Tiles: tables at the end. Registers decide them: an accumulator of BLOCK_M x D and a tile of BLOCK_M x BLOCK_N must fit.
 
 A query that sees no key has l = 0: it gives 0, and lse = +inf makes its P 0 in backward. Padding up to the tile is
@@ -21,13 +21,14 @@ masked by the same rule: lse reads as +inf there.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttune.kernels import launch
+from fasttune.kernels import launch, tuning
 from fasttune.kernels.launch import dropout_arguments
 from fasttune.kernels.philox import attention_drop_bits, dropped_weights, dropped_weights_transposed
 
@@ -118,7 +119,8 @@ def _forward_tiles(
 ):
     for first_key in range(first, last, STEP):
         if seed is not None:
-            bits = attention_drop_bits(seed, query, head, first_key, threshold)
+            within = 0 if STEP % 128 == 0 else first_key % 128
+            bits = attention_drop_bits(seed, query, head, first_key - within, threshold)
         for part in tl.static_range(STEP // BLOCK_N):
             tile_key = first_key + part * BLOCK_N
             key = tile_key + tl.arange(0, BLOCK_N)
@@ -137,7 +139,7 @@ def _forward_tiles(
             total = total * rescale + tl.sum(p, 1)
             m = m_new
             if seed is not None:
-                p = tl.where(dropped_weights(bits, part * BLOCK_N, BLOCK_N), 0.0, p)
+                p = tl.where(dropped_weights(bits, within + part * BLOCK_N, BLOCK_N), 0.0, p)
             v_tile = _load(_rows(v, start + tile_key, v_row, BLOCK_N, BLOCK_D), key < keys, MASKED, HEAD_DIM, BLOCK_D)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return acc, total, m
@@ -256,7 +258,8 @@ def _dq_tiles(
 ):
     for first_key in range(first, last, STEP):
         if seed is not None:
-            bits = attention_drop_bits(seed, query, head, first_key, threshold)
+            within = 0 if STEP % 128 == 0 else first_key % 128
+            bits = attention_drop_bits(seed, query, head, first_key - within, threshold)
         for part in tl.static_range(STEP // BLOCK_N):
             tile_key = first_key + part * BLOCK_N
             key = tile_key + tl.arange(0, BLOCK_N)
@@ -271,7 +274,7 @@ def _dq_tiles(
                 p = tl.where(visible, p, 0.0)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             if seed is not None:
-                dp = tl.where(dropped_weights(bits, part * BLOCK_N, BLOCK_N), 0.0, dp * keep_scale)
+                dp = tl.where(dropped_weights(bits, within + part * BLOCK_N, BLOCK_N), 0.0, dp * keep_scale)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
@@ -565,7 +568,15 @@ TILES = {
     ("gfx942", 128, "dkdv", False): Tiles(32, 64, 8, 1),
     ("gfx942", 128, "dkdv", True): Tiles(32, 64, 8, 1),
 }
-FLOAT32_TILES = Tiles(32, 32, 4, 1)  # no matrix instructions in IEEE float32: small tiles in registers
+# No matrix instructions in IEEE float32: a thread multiplies whole rows of head_dim elements, held in registers.
+FLOAT32_TILES = {
+    (64, "forward"): Tiles(32, 32, 4, 1),
+    (64, "dq"): Tiles(16, 32, 4, 1),
+    (64, "dkdv"): Tiles(32, 32, 4, 1),
+    (128, "forward"): Tiles(16, 32, 4, 1),
+    (128, "dq"): Tiles(16, 16, 4, 1),
+    (128, "dkdv"): Tiles(16, 16, 4, 1),
+}
 INTERPRETED_TILES = {
     "forward": Tiles(64, 128, 1, 1),
     "dq": Tiles(128, 64, 1, 1),
@@ -578,9 +589,23 @@ def tiles(kernel: str, block_d: int, dtype: torch.dtype, dropout: bool) -> Tiles
     if target == "interpreter":
         return INTERPRETED_TILES[kernel]
     if dtype == torch.float32:
-        return FLOAT32_TILES
+        return FLOAT32_TILES[max(64, block_d), kernel]
     known = target if (target, 64, kernel, dropout) in TILES else ("gfx942" if target.startswith("gfx") else "sm80")
     return TILES[known, max(64, block_d), kernel, dropout]
+
+
+def _tile(kernel: str, query: Tensor, causal: bool, seed: Tensor | None, launch_with: Callable[[Tiles], None]) -> Tiles:
+    """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest that the table holds for any target."""
+    block_d, dropout = launch.power_of_two(query.shape[-1], 16), seed is not None
+    default = tiles(kernel, block_d, query.dtype, dropout)
+    kind = f"attention {kernel} {block_d} {query.dtype} causal={causal} dropout={dropout}"
+    if query.dtype == torch.float32:
+        candidates = [tile for (_, name), tile in FLOAT32_TILES.items() if name == kernel]
+    else:
+        candidates = [
+            tile for (_, width, name, _), tile in TILES.items() if (width, name) == (max(64, block_d), kernel)
+        ]
+    return tuning.choose(kind, default, candidates, launch_with, query.device)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -629,6 +654,11 @@ def _tile_constants(tile: Tiles) -> dict[str, int]:
     }
 
 
+def _step(tile: Tiles, dtype: torch.dtype, seed: Tensor | None) -> int:
+    """Keys a step of the loop: with dropout all that a counter serves; float32 has no registers for that."""
+    return tile.block_n if seed is None or dtype == torch.float32 else max(128, tile.block_n)
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -650,15 +680,18 @@ def forward(
         return out, lse
     threshold, keep_scale = dropout_arguments(seed, dropout_p)
     constants = _constants(query, causal)
-    tile = tiles("forward", constants["BLOCK_D"], query.dtype, seed is not None)
-    attention_forward_kernel[_grid(sizes[1], tile.block_m, sizes[0], heads, cu_seqlens)](
-        *(query, key, value, out, lse, cu_seqlens, seed, *sizes),
-        *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *lse_strides),
-        *(scale, threshold, keep_scale),
-        STEP=tile.block_n if seed is None else max(128, tile.block_n),
-        **_tile_constants(tile),
-        **constants,
-    )
+
+    def launch_with(tile: Tiles) -> None:
+        attention_forward_kernel[_grid(sizes[1], tile.block_m, sizes[0], heads, cu_seqlens)](
+            *(query, key, value, out, lse, cu_seqlens, seed, *sizes),
+            *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *lse_strides),
+            *(scale, threshold, keep_scale),
+            STEP=_step(tile, query.dtype, seed),
+            **_tile_constants(tile),
+            **constants,
+        )
+
+    launch_with(_tile("forward", query, causal, seed, launch_with))
     return out, lse
 
 
@@ -688,23 +721,27 @@ def _run_backward(
     constants = _constants(query, causal)
     inputs = (*_strides(dout), *_strides(query), *_strides(key), *_strides(value))
     options = (*lse_strides, scale, threshold, keep_scale)
-    tile = tiles("dq", constants["BLOCK_D"], query.dtype, seed is not None)
-    attention_dq_kernel[_grid(sizes[1], tile.block_m, sizes[0], heads, cu_seqlens)](
-        *(dout, query, key, value, out, lse, delta, dq, cu_seqlens, seed, *sizes),
-        *(*inputs, *_strides(out), *_strides(dq), *options),
-        STEP=tile.block_n if seed is None else max(128, tile.block_n),
-        **_tile_constants(tile),
-        **constants,
-    )
-    if dk is None and dv is None:
-        return
-    tile = tiles("dkdv", constants["BLOCK_D"], query.dtype, seed is not None)
-    attention_dkdv_kernel[_grid(sizes[2], tile.block_n, sizes[0], heads, cu_seqlens)](
-        *(dout, query, key, value, lse, delta, dk, dv, cu_seqlens, seed, *sizes),
-        *(*inputs, *_strides(dk), *_strides(dv), *options),
-        **_tile_constants(tile),
-        **constants,
-    )
+
+    def launch_dq(tile: Tiles) -> None:
+        attention_dq_kernel[_grid(sizes[1], tile.block_m, sizes[0], heads, cu_seqlens)](
+            *(dout, query, key, value, out, lse, delta, dq, cu_seqlens, seed, *sizes),
+            *(*inputs, *_strides(out), *_strides(dq), *options),
+            STEP=_step(tile, query.dtype, seed),
+            **_tile_constants(tile),
+            **constants,
+        )
+
+    def launch_dkdv(tile: Tiles) -> None:
+        attention_dkdv_kernel[_grid(sizes[2], tile.block_n, sizes[0], heads, cu_seqlens)](
+            *(dout, query, key, value, lse, delta, dk, dv, cu_seqlens, seed, *sizes),
+            *(*inputs, *_strides(dk), *_strides(dv), *options),
+            **_tile_constants(tile),
+            **constants,
+        )
+
+    launch_dq(_tile("dq", query, causal, seed, launch_dq))
+    if dk is not None or dv is not None:
+        launch_dkdv(_tile("dkdv", query, causal, seed, launch_dkdv))
 
 
 def backward(

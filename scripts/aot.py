@@ -11,6 +11,7 @@ matrix instruction). What it cannot: that the result is right, and speed.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import tempfile
@@ -26,6 +27,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction, MockTensor
 
 from fasttune.kernels import launch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default differs from version to version
 
 MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "gfx942": 304}
 
@@ -92,18 +95,43 @@ def gpu_target(name: str) -> GPUTarget:
 
 def compile_launches(call: Callable[[], Any], target: str) -> list[Compiled]:
     """Every kernel launched by `call()`, which makes its own tensors on device "cuda", compiled for `target`."""
+    results: list[Compiled] = []
+
+    def compile_only(run: Callable[..., Any], kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        kernel.device_caches.clear()  # keyed by device, which stays 0 when the target changes
+        results.append(inspect(kernel.__name__, run(kernel, *args, warmup=True, **options), target))
+
+    _with_launches(call, target, compile_only)
+    return results
+
+
+def specialisations(call: Callable[[], Any], target: str) -> set[tuple[str, str]]:
+    """(kernel, version) of every launch in `call()`: one version for each set of argument types, alignments and
+    constants that Triton would compile anew. Nothing is compiled."""
+    found: set[tuple[str, str]] = set()
+
+    def note(run: Callable[..., Any], kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        kernel.device_caches.clear()
+        kernel._do_compile = lambda key, *_: found.add((kernel.__name__, str(key)))
+        try:
+            run(kernel, *args, warmup=True, **options)
+        finally:
+            del kernel._do_compile
+
+    _with_launches(call, target, note)
+    return found
+
+
+def _with_launches(call: Callable[[], Any], target: str, act: Callable[..., None]) -> None:
+    """Runs `call()` on fake tensors; each launch becomes `act(JITFunction.run, kernel, arguments, options)`."""
     triton.runtime.driver.set_active(StubDriver(gpu_target(target)))
     launch.target.cache_clear()
-    results: list[Compiled] = []
     run, multiprocessors = JITFunction.run, launch.multiprocessors
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self.device_caches.clear()  # keyed by device, which stays 0 when the target changes
-        args = tuple(MockTensor(arg.dtype) if isinstance(arg, FakeTensor) else arg for arg in args)
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        results.append(inspect(self.__name__, kernel, target))
+    def launched(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        act(run, self, tuple(MockTensor(arg.dtype) if isinstance(arg, FakeTensor) else arg for arg in args), options)
 
-    JITFunction.run = compile_only  # type: ignore[method-assign]
+    JITFunction.run = launched  # type: ignore[method-assign]
     launch.multiprocessors = lambda device: MULTIPROCESSORS[target]  # type: ignore[assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -111,7 +139,6 @@ def compile_launches(call: Callable[[], Any], target: str) -> list[Compiled]:
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
         launch.multiprocessors = multiprocessors
-    return results
 
 
 def inspect(name: str, kernel: Any, target: str) -> Compiled:

@@ -19,6 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # BERT-base with 8 sequences of 512 tokens: the shapes behind the figures of the report.
 SEQUENCES, TOKENS, HIDDEN = 8, 512, 768
+CLASSES = 50257  # GPT-2's vocabulary
 ROWS = SEQUENCES * TOKENS
 
 
@@ -67,13 +68,15 @@ def _attention(dtype: torch.dtype, head_dim: int, causal: bool, dropout: bool, p
 
 def attention_cases() -> Iterator[Case]:
     for dtype, head_dim, dropout, packed in itertools.product(DTYPES, (64, 128), (False, True), (False, True)):
+        if (packed and (head_dim, dtype) != (64, torch.bfloat16)) or (dropout and dtype == torch.float16):
+            continue  # the way to a sequence's rows is the same for all, dropout in both 16-bit types
         half = dtype != torch.float32
         if half and not packed and not dropout:
             gate = ("sm80", "sm90", "gfx942") + (("sm100",) if dtype == torch.bfloat16 and head_dim == 64 else ())
         elif dtype == torch.bfloat16 and head_dim == 64:
             gate = ("sm90", "gfx942") if dropout and not packed else ("sm90",) if packed and not dropout else ()
         else:
-            gate = ()
+            gate = ("sm90",) if dtype == torch.float32 and head_dim == 64 and not packed and not dropout else ()
         parts = (f"d{head_dim}", "causal", "packed" if packed else "", "dropout" if dropout else "")
         yield Case(
             "attention",
@@ -165,5 +168,66 @@ def elementwise_cases() -> Iterator[Case]:
         yield Case("gelu_layer_norm", "", dtype, _layer_norm_gelu(dtype, True), {}, sample)
 
 
+def _cross_entropy(dtype: torch.dtype, smoothing: bool) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import cross_entropy
+
+        logits, target = empty(ROWS, CLASSES, dtype=dtype), empty(ROWS, dtype=torch.int64)
+        weight = empty(CLASSES, dtype=torch.float32) if smoothing else None
+        options = (-100, 0.1 if smoothing else 0.0, 1)
+        loss, *kept = cross_entropy.cross_entropy(logits, target, weight, *options)
+        cross_entropy.cross_entropy_backward(loss, logits, target, weight, *kept, *options)
+
+    return call
+
+
+def _linear_cross_entropy(dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import linear_cross_entropy
+
+        x, weight, bias = (
+            empty(ROWS, HIDDEN, dtype=dtype),
+            empty(CLASSES, HIDDEN, dtype=dtype),
+            empty(CLASSES, dtype=dtype),
+        )
+        options = (empty(ROWS, dtype=torch.int64), bias, None, None, 1.0, -100, 0.0, 1, True, True, True)
+        _, gradient, *_ = linear_cross_entropy.linear_cross_entropy(x, weight, *options)
+        linear_cross_entropy.scale_in_place(gradient, empty(1, dtype=torch.float32))
+
+    return call
+
+
+def _embedding(dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import embedding
+
+        ids = empty(SEQUENCES, TOKENS, dtype=torch.int64)
+        word, token_type, position = (empty(size, HIDDEN, dtype=dtype) for size in (CLASSES, 2, TOKENS))
+        out = embedding.embedding_sum(ids, word, ids, token_type, ids, position, None, False)
+        embedding.embedding_gradient(out, ids, CLASSES, 0)
+
+    return call
+
+
+def _packing(dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import packing
+
+        rows, indices = empty(ROWS, HIDDEN, dtype=dtype), empty(ROWS // 2, dtype=torch.int64)
+        packing.scatter_rows(packing.gather_rows(rows, indices, ROWS), indices, ROWS)
+
+    return call
+
+
+def loss_and_index_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        gate = TARGETS if dtype == torch.bfloat16 else ("sm90",)
+        yield Case("cross_entropy", "", dtype, _cross_entropy(dtype, False), {}, gate)
+        yield Case("cross_entropy", "weighted smooth", dtype, _cross_entropy(dtype, True), {}, gate[:2])
+        yield Case("linear_cross_entropy", "", dtype, _linear_cross_entropy(dtype), {}, gate)
+        yield Case("embedding", "", dtype, _embedding(dtype), {}, gate)
+        yield Case("packing", "", dtype, _packing(dtype), {}, gate)
+
+
 def cases() -> list[Case]:
-    return [*attention_cases(), *elementwise_cases()]
+    return [*attention_cases(), *elementwise_cases(), *loss_and_index_cases()]

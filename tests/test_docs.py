@@ -9,7 +9,7 @@ import fasttune
 from fasttune import nn, ops
 
 CHECKOUT = Path(__file__).parents[1]
-PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
 SOURCES = [
     path
     for folder in ("fasttune", "csrc", "kernels", "scripts", "setup.py")

@@ -18,6 +18,11 @@ BACKENDS = ("cpp", "triton", "cuda", "torch")
 # operation -> the backends that implement it besides "torch"; filled by the operation files at import.
 _implemented: dict[str, tuple[str, ...]] = {}
 
+# (operation, backend) -> elements of the tensor that decides below which "auto" takes torch instead, because a launch
+# costs more than the fused pass saves. Each entry names the measurement it comes from. Empty: the GPU backends have not
+# been timed yet.
+TORCH_WINS_BELOW: dict[tuple[str, str], int] = {}
+
 
 def declare(operation: str, *backends: str) -> None:
     _implemented[operation] = backends
@@ -60,7 +65,11 @@ def choose(operation: str, tensor: torch.Tensor, backend: str | None) -> str:
 
     Raises ValueError for an unknown name and RuntimeError for an explicit request that cannot run.
     """
-    return _choose(operation, tensor.device.type, tensor.dtype, backend, os.environ.get("FASTTUNE_BACKEND") or None)
+    environment = os.environ.get("FASTTUNE_BACKEND") or None
+    chosen = _choose(operation, tensor.device.type, tensor.dtype, backend, environment)
+    if TORCH_WINS_BELOW and (backend or environment or "auto") == "auto":
+        return "torch" if tensor.numel() < TORCH_WINS_BELOW.get((operation, chosen), 0) else chosen
+    return chosen
 
 
 _chosen: dict[tuple[str, str, torch.dtype, str | None, str | None], str] = {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends, _cpp
+from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_device, check_floating, check_shape, describe
 from fasttune.ops._cuda import cross_entropy as _cuda_cross_entropy
 from fasttune.ops._indices import check_integers, check_range
@@ -110,7 +110,11 @@ _cross_entropy = Operator(
     "cross_entropy",
     "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, int reduction)"
     " -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_cross_entropy, "cuda": _cuda_cross_entropy.cross_entropy},
+    {
+        "cpp": _cpp_cross_entropy,
+        "triton": _triton.lazy("cross_entropy", "cross_entropy"),
+        "cuda": _cuda_cross_entropy.cross_entropy,
+    },
     _fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -119,7 +123,11 @@ _cross_entropy_backward = Operator(
     "cross_entropy_backward",
     "(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, Tensor total, int ignore_index,"
     " float label_smoothing, int reduction) -> Tensor",
-    {"cpp": _cpp_backward, "cuda": _cuda_cross_entropy.cross_entropy_backward},
+    {
+        "cpp": _cpp_backward,
+        "triton": _triton.lazy("cross_entropy", "cross_entropy_backward"),
+        "cuda": _cuda_cross_entropy.cross_entropy_backward,
+    },
     _fake_backward,
 )
 _backends.declare("cross_entropy", *_cross_entropy.implementations)
@@ -169,7 +177,7 @@ def cross_entropy(
     ignore_index: rows with this label count nowhere and get a zero gradient.
     label_smoothing: share of the target spread evenly over the classes (Szegedy et al. 2015).
     reduction: "mean" (divides by the sum of the labels' weights; NaN if no row counts), "sum" or "none".
-    backend: "cpp", "torch" or None to choose.
+    backend: "cpp", "triton", "torch" or None to choose.
 
     Returns a scalar, or (...) for reduction "none"; in the logits' dtype, under autocast in float32.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends, _cpp
+from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_device, check_floating, describe
 from fasttune.ops._indices import check_integers, check_range
 from fasttune.ops._operator import Operator
@@ -105,23 +105,27 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         if not ctx.needs_input_grad[2 * i + 1]:
             gradients += (None, None)
         elif i == 0 and ctx.sparse:
-            gradients += (None, _cpp_sparse_gradient(dout, ids, size, padding_idx))
+            gradients += (None, _sparse_gradient[ctx.backend](dout, ids, size, padding_idx))
         else:
             gradients += (None, _embedding_gradient(dout, ids, size, padding_idx, ctx.backend))
     return (*gradients, None, None)
 
 
+_sparse_gradient = {
+    "cpp": _cpp_sparse_gradient,
+    "triton": _triton.lazy("embedding", "embedding_sparse_gradient"),
+}
 _embedding_gradient = Operator(
     "embedding_gradient",
     "(Tensor dout, Tensor ids, int size, int? padding_idx) -> Tensor",
-    {"cpp": _cpp_gradient},
+    {"cpp": _cpp_gradient, "triton": _triton.lazy("embedding", "embedding_gradient")},
     _fake_gradient,
 )
 _embedding_sum = Operator(
     "embedding_sum",
     "(Tensor word_ids, Tensor word, Tensor? type_ids, Tensor? token_type, Tensor? position_ids, Tensor? position,"
     " int? padding_idx, bool sparse) -> Tensor",
-    {"cpp": _cpp_sum},
+    {"cpp": _cpp_sum, "triton": _triton.lazy("embedding", "embedding_sum")},
     _fake_sum,
     setup_context=_setup_context,
     backward=_backward,
@@ -154,8 +158,9 @@ def embedding(
     norm_weight, norm_bias: (C,), eps: a LayerNorm of the sum, left out if norm_weight is None.
     dropout_p: of the result, by the shared generator; row_ids: as in `dropout`.
     padding_idx: this row of word_weight gets gradient 0, as in torch.nn.Embedding; negative counts from the end.
-    sparse_grad: word_weight's gradient is a coalesced sparse tensor that holds the rows that occur.
-    backend: "cpp", "torch" or None to choose.
+    sparse_grad: word_weight's gradient is a coalesced sparse tensor that holds the rows that occur; on a GPU their
+        number is read back.
+    backend: "cpp", "triton", "torch" or None to choose.
 
     Returns (..., C). Backward is deterministic: each gradient row is summed in float32 in the order of the rows and
     written once. LayerNorm and dropout are passes of their own: for BERT-base at 16 × 128 tokens they move 25 MB in a

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends, _cpp
+from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import check_device, check_floating, check_shape, describe
 from fasttune.ops._indices import check_range
 from fasttune.ops._operator import Operator, must_be_traced
@@ -242,6 +242,9 @@ def _fake(
     return loss, gradients[0], gradients[1], gradients[2]
 
 
+_scale = _triton.lazy("linear_cross_entropy", "scale_in_place")
+
+
 def _setup_context(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     input, weight, target, bias, class_weight = args[:5]
     ctx.ignore_index, ctx.label_smoothing, ctx.reduction = args[7:10]
@@ -272,8 +275,11 @@ def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         once = not torch._C._autograd._get_current_graph_task_keep_graph()
         if once:
             ctx.gradients = ()
-        factor = float(dloss)
-        if once and factor != 1.0:
+        # On a GPU the factor stays there; on a CPU looking is free, and it is mostly 1.
+        factor = float(dloss) if dloss.device.type == "cpu" else dloss
+        if once and not isinstance(factor, float):
+            gradients = tuple(_scale(gradient, factor) for gradient in gradients)
+        elif once and factor != 1.0:
             gradients = tuple(gradient.mul_(factor) for gradient in gradients)
         elif not once:
             gradients = tuple(gradient * factor for gradient in gradients)
@@ -346,7 +352,10 @@ _linear_cross_entropy = Operator(
     "(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, Tensor? normalizer,"
     " float divisor, int ignore_index, float label_smoothing, int reduction, bool needs_input, bool needs_weight,"
     " bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_linear_cross_entropy},
+    {
+        "cpp": _cpp_linear_cross_entropy,
+        "triton": _triton.lazy("linear_cross_entropy", "linear_cross_entropy"),
+    },
     _fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -356,7 +365,7 @@ _linear_cross_entropy_backward = Operator(
     "(Tensor dlosses, Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight,"
     " int ignore_index, float label_smoothing, bool needs_input, bool needs_weight, bool needs_bias)"
     " -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_backward},
+    {"cpp": _cpp_backward, "triton": _triton.lazy("linear_cross_entropy", "linear_cross_entropy_backward")},
     _fake_backward,
     public=3,
 )
@@ -380,15 +389,17 @@ def linear_cross_entropy(
 
     input: (..., C), float32, bfloat16 or float16 (float64 on the torch backend); under autocast cast as linear would.
     linear_weight: (V, C), linear_bias: (V,); in the input's dtype or float32. Weight gradients add up in float32.
-    target: integers (...), each from 0 to V - 1 or ignore_index; rows with ignore_index cost no product.
+    target: integers (...), each from 0 to V - 1 or ignore_index; on a CPU rows with ignore_index cost no product.
     weight: (V,), rescales each class; a constant, it gets no gradient.
     label_smoothing: share of the target spread evenly over the classes.
     reduction: "mean" (divides by the sum of the labels' weights; NaN if no row counts), "sum" or "none".
     normalizer: number or tensor with one element, a constant, by which the sum is divided in place of the mean's
         divisor; not with reduction "none".
-    backend: "cpp", "torch" or None to choose.
+    backend: "cpp", "triton", "torch" or None to choose.
 
     Returns a scalar, or (...) for reduction "none"; in the input's dtype, under autocast in float32.
+    On a GPU rows with ignore_index pass through the products with gradient 0: leaving them out there would take their
+    number to the host, which stalls the device. Callers that know the rows pass only those.
 
     Raises IndexError for a label out of range (on CPU, naming its position), TypeError and ValueError for arguments
     that do not fit together, all before anything is computed, and RuntimeError for a backend that cannot run here.

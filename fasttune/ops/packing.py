@@ -6,6 +6,7 @@ tokens keep their order, so that causal attention within a sequence means the sa
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends
+from fasttune.ops import _backends, _triton
 from fasttune.ops._checks import check_device, check_shape, describe
 from fasttune.ops._operator import Operator
 
@@ -126,7 +127,7 @@ def _backward_of_scatter(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _gather_rows = Operator(
     "gather_rows",
     "(Tensor rows, Tensor indices, int count) -> Tensor",
-    {"torch": _gather},
+    {"torch": _gather, "triton": _triton.lazy("packing", "gather_rows")},
     _fake_gather,
     setup_context=_setup_context,
     backward=_backward_of_gather,
@@ -134,17 +135,23 @@ _gather_rows = Operator(
 _scatter_rows = Operator(
     "scatter_rows",
     "(Tensor packed, Tensor indices, int count) -> Tensor",
-    {"torch": _scatter},
+    {"torch": _scatter, "triton": _triton.lazy("packing", "scatter_rows")},
     _fake_scatter,
     setup_context=_setup_context,
     backward=_backward_of_scatter,
 )
-_backends.declare("packing")
+_backends.declare("packing", "triton")
+
+
+def _copier(x: Tensor) -> str:
+    """Triton where it runs; whoever asked for another backend gets torch's copies, as those have none of their own."""
+    requested = os.environ.get("FASTTUNE_BACKEND") or "auto"
+    return _backends.choose("packing", x, None) if requested in ("auto", "triton") else "torch"
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
     """rows[indices] for distinct indices: (R, ...) and int64 (T,) to (T, ...). Its backward writes zeros elsewhere."""
-    return _gather_rows(rows, indices, rows.shape[0], "torch")
+    return _gather_rows(rows, indices, rows.shape[0], _copier(rows))
 
 
 def pack(x: Tensor, attention_mask: Tensor | PackedBatch) -> tuple[Tensor, PackedBatch]:
@@ -167,5 +174,5 @@ def unpack(packed: Tensor, batch: PackedBatch) -> Tensor:
     """
     check_shape("unpack", "packed", packed, (batch.total, *packed.shape[1:]), "one row per real token")
     check_device("unpack", "packed", packed, batch.indices.device, "the batch")
-    rows = _scatter_rows(packed, batch.indices, batch.shape[0] * batch.shape[1], "torch")
+    rows = _scatter_rows(packed, batch.indices, batch.shape[0] * batch.shape[1], _copier(packed))
     return rows.view(*batch.shape, *packed.shape[1:])

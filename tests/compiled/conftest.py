@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default differs from version to version
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 # Triton has no wheels but for Linux; under its interpreter nothing is compiled.

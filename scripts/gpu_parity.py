@@ -1,0 +1,225 @@
+"""Every operation and patched model on a device against float64, by the tests' own error budget (tests/oracle.py).
+
+    python scripts/gpu_parity.py --out out/gpu [--device cuda] [--backend triton cuda]
+
+Needs torch alone, and Transformers for the models: a GPU image need not hold a test framework. Writes parity.json; ends
+with status 1 if a case fails. On a CPU (--device cpu) the same cases run on small shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import itertools
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "patching")]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from oracle import DTYPES, assert_parity, assert_same_math  # noqa: E402
+
+from fasttune import ops  # noqa: E402
+
+Case = tuple[str, Callable[[], None]]
+
+
+def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bool) -> Iterator[Case]:
+    """Cases of one operation in one dtype: (name, function that raises AssertionError where ours is off)."""
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    def case(name: str, fused: Any, stock: Any, inputs: list[torch.Tensor]) -> Case:
+        full = f"{operation} {name} {str(dtype).removeprefix('torch.')} {backend}"
+        return full, lambda: assert_same_math(fused, stock, inputs, [str(i) for i in range(len(inputs))])
+
+    rows, columns, tokens = (1037, 768, 300) if big else (37, 96, 40)
+    vector = lambda *shape: [random(*shape) for _ in range(2)]  # noqa: E731
+    if operation == "attention":
+        for head_dim, causal in itertools.product((16, 40, 64, 128) if big else (16,), (False, True)):
+
+            def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = causal) -> torch.Tensor:
+                heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+                return F.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
+
+            fused = partial(ops.attention, causal=causal, backend=backend)
+            yield case(f"d{head_dim} causal={causal}", fused, stock, [random(2, tokens, 3, head_dim) for _ in range(3)])
+
+        def dropped(backend: str, *x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            return ops.attention(*x, causal=True, dropout_p=0.2, backend=backend)
+
+        inputs = [random(2, tokens, 3, 64) for _ in range(3)]
+        yield case("dropout", partial(dropped, backend), partial(dropped, "torch"), inputs)
+        offsets = torch.tensor([0, 20, 20, tokens - 7, tokens], dtype=torch.int32, device=device)
+        packed = [random(tokens, 3, 64) for _ in range(3)]
+        options = {"causal": True, "cu_seqlens": offsets}
+        yield case(
+            "packed",
+            partial(ops.attention, **options, backend=backend),
+            partial(ops.attention, **options, backend="torch"),
+            packed,
+        )
+    elif operation in ("layer_norm", "layer_norm_gelu", "gelu_layer_norm"):
+
+        def norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return F.layer_norm(x, x.shape[-1:], w, b, 1e-5)
+
+        stocks = {
+            "layer_norm": norm,
+            "layer_norm_gelu": lambda *x: F.gelu(norm(*x)),
+            "gelu_layer_norm": lambda x, *rest: norm(F.gelu(x), *rest),
+        }
+        for width in (columns, 1600) if big else (columns,):
+            inputs = [random(rows, width), *vector(width)]
+            yield case(f"C{width}", partial(getattr(ops, operation), backend=backend), stocks[operation], inputs)
+    elif operation == "dropout_add_layer_norm":
+
+        def run(backend: str, *x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            return ops.dropout_add_layer_norm(*x, dropout_p=0.2, backend=backend)
+
+        inputs = [*vector(rows, columns), *vector(columns)]
+        yield case("", partial(run, backend), partial(run, "torch"), inputs)
+    elif operation == "bias_gelu":
+        for approximate in ("none", "tanh"):
+            fused = partial(ops.bias_gelu, approximate=approximate, backend=backend)
+            yield case(
+                approximate,
+                fused,
+                lambda x, b, approximate=approximate: F.gelu(x + b, approximate=approximate),
+                [random(rows, columns, scale=3.0), random(columns)],
+            )
+    elif operation == "dropout":
+
+        def drop(backend: str, *x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            return ops.dropout(x[0], dropout_p=0.2, residual=x[1], backend=backend)
+
+        yield case("", partial(drop, backend), partial(drop, "torch"), vector(rows, columns))
+    elif operation in ("cross_entropy", "linear_cross_entropy"):
+        for classes in (2, 1000, 30522, 50257) if big else (300,):
+            target = torch.randint(0, classes, (rows if classes <= 1000 else 65,), device=device)
+            target[1::3] = -100
+            if operation == "cross_entropy":
+                inputs, stock_loss = [random(target.shape[0], classes, scale=3.0)], F.cross_entropy
+            else:
+                inputs = [random(target.shape[0], 64), random(classes, 64, scale=0.125)]
+                stock_loss = lambda x, w, target: F.cross_entropy(F.linear(x, w), target)  # noqa: E731
+            yield case(
+                f"V{classes}",
+                partial(lambda fused, target, *x: fused(*x, target, backend=backend), getattr(ops, operation), target),
+                partial(lambda stock, target, *x: stock(*x, target), stock_loss, target),
+                inputs,
+            )
+    elif operation == "embedding":
+        ids = torch.randint(0, 90, (4, tokens), device=device)
+        types = (torch.arange(tokens, device=device) > tokens // 2).long().expand(4, tokens)
+
+        def summed(word: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+            return ops.embedding(ids, word, token_type_ids=types, token_type_weight=kind, backend=backend)
+
+        yield case(
+            "",
+            summed,
+            lambda word, kind: F.embedding(ids, word) + F.embedding(types, kind),
+            [random(100, columns), random(2, columns)],
+        )
+    elif operation == "packing":
+        mask = torch.rand(4, tokens, device=device) < 0.6
+        yield case(
+            "",
+            lambda x: ops.unpack(*ops.pack(x, mask)),
+            lambda x: x * mask[..., None].to(x.dtype),
+            [random(4, tokens, columns)],
+        )
+
+
+def operation_cases(device: str, backends: list[str], big: bool) -> Iterator[Case]:
+    from fasttune.ops import _backends
+
+    for operation in _backends.operations():
+        for backend in backends:
+            if backend in ops.available_backends(operation):
+                for dtype in DTYPES:
+                    yield from _pair(operation, backend, device, dtype, big)
+
+
+def model_cases(device: str, backends: list[str]) -> Iterator[Case]:
+    """Loss and every gradient of patched models, dropout 0, against float64 and stock in the same dtype."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from models import batch_of, build, gradients
+
+    import fasttune
+
+    def check(head: str, dtype: torch.dtype, backend: str) -> None:
+        model = build(head)
+        inputs = {key: value.to(device) for key, value in batch_of(model, padding="right").items()}
+        exact, stock = (copy.deepcopy(model).to(device, kind) for kind in (torch.float64, dtype))
+        ours = fasttune.patch(copy.deepcopy(model).to(device, dtype), backend=backend)
+        truth, theirs, mine = (gradients(each, inputs) for each in (exact, stock, ours))
+        assert_parity(mine[0], theirs[0].to(mine[0].dtype), truth[0], "loss")
+        for name, gradient in mine[1].items():
+            assert_parity(gradient, theirs[1][name], truth[1][name], name)
+
+    heads = ("GPT2LMHeadModel", "GPT2ForSequenceClassification", "BertForMaskedLM", "BertForSequenceClassification")
+    for head, dtype, backend in itertools.product(heads, DTYPES, backends):
+        name = f"{head} {str(dtype).removeprefix('torch.')} {backend}"
+        yield name, partial(check, head, dtype, backend)
+
+
+def run(cases: Iterator[Case], seconds: float) -> list[dict[str, Any]]:
+    """Runs the cases; those that come after `seconds` are reported as not run, which counts as a failure."""
+    results, started = [], time.perf_counter()
+    for name, check in cases:
+        begun = time.perf_counter()
+        outcome, message = "passed", ""
+        if begun - started > seconds:
+            outcome = "not run"
+        else:
+            try:
+                torch.manual_seed(0)
+                check()
+            except Exception as error:  # whatever it is, it belongs into the report and the rest has to run
+                outcome = "failed" if isinstance(error, AssertionError) else "error"
+                message = "".join(traceback.format_exception_only(error)).strip()[:600]
+        results.append({"case": name, "outcome": outcome, "seconds": time.perf_counter() - begun, "message": message})
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for parity.json")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", nargs="*", default=["triton", "cuda"])
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    arguments = parser.parse_args(argv)
+    torch.backends.cuda.matmul.allow_tf32 = False  # the float32 yardstick is IEEE
+    available = set(itertools.chain.from_iterable(map(ops.available_backends, ("attention", "layer_norm"))))
+    backends = [backend for backend in arguments.backend if backend in available]
+    big = arguments.device != "cpu"
+    cases = itertools.chain(operation_cases(arguments.device, backends, big), model_cases(arguments.device, backends))
+    results = run((case for case in cases if arguments.only in case[0]), arguments.seconds)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "parity.json").write_text(json.dumps(results, indent=1) + "\n")
+    wrong = [result for result in results if result["outcome"] != "passed"]
+    for result in wrong:
+        print(f"{result['outcome']}: {result['case']}: {result['message']}")
+    print(f"{len(results) - len(wrong)} of {len(results)} cases passed on {arguments.device}, backends {backends}")
+    return 1 if wrong or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

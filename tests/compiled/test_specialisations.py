@@ -1,0 +1,135 @@
+"""A varying batch or sequence compiles nothing new, and no launcher looks at values that lie on the device."""
+
+import aot
+import gpu_cases
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from fasttune.kernels import (
+    attention,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    packing,
+)
+
+empty, new_seed = gpu_cases.empty, gpu_cases.new_seed
+DTYPE = torch.bfloat16
+# One row, one token, odd sizes, a multiple of the alignment that Triton specialises on, and what overflows 32 bits.
+SIZES = [(1, 1), (1, 16), (3, 37), (16, 128), (8, 512), (2, 1024)]
+
+
+def attention_step(batch, tokens, packed=False):
+    shape = (batch * tokens, 12, 64) if packed else (batch, tokens, 12, 64)
+    query = empty(*shape, dtype=DTYPE)
+    offsets = empty(batch + 1, dtype=torch.int32) if packed else None
+    options = (new_seed(), True, 0.125, 0.1)
+    out, lse = attention.forward(query, query, query, offsets, None, *options)
+    attention.backward(out, query, query, query, out, lse, offsets, *options, [True] * 3)
+
+
+def attention_of_views(batch, tokens):
+    qkv = empty(batch, tokens, 3, 12, 64, dtype=DTYPE)
+    out, lse = attention.packed_qkv_forward(qkv, None, None, None, False, 0.125, 0.0)
+    attention.packed_qkv_backward(out, qkv, out, lse, None, None, False, 0.125, 0.0)
+
+
+def norms(batch, tokens):
+    x, weight, seed = empty(batch, tokens, 768, dtype=DTYPE), empty(768, dtype=DTYPE), new_seed()
+    _, total, statistics = layer_norm.dropout_add_layer_norm(x, x, weight, weight, None, seed, 0.1, 1e-5, True)
+    layer_norm.layer_norm_backward(x, None, total, weight, weight, statistics, None, seed, 0.1, DTYPE, *[True] * 4)
+
+
+def elementwise(batch, tokens):
+    x, bias = empty(batch, tokens, 3072, dtype=DTYPE), empty(3072, dtype=DTYPE)
+    gelu.bias_gelu(x, bias, True)
+    gelu.bias_gelu_backward(x, x, bias, True, True, True)
+    dropout.dropout(x, x, None, new_seed(), 0.1)
+
+
+def losses(batch, tokens):
+    logits, target = empty(batch * tokens, 30522, dtype=DTYPE), empty(batch * tokens, dtype=torch.int64)
+    loss, *kept = cross_entropy.cross_entropy(logits, target, None, -100, 0.0, 1)
+    cross_entropy.cross_entropy_backward(loss, logits, target, None, *kept, -100, 0.0, 1)
+
+
+def linear_loss(batch, tokens):
+    rows = batch * tokens
+    x, weight = empty(rows, 768, dtype=DTYPE), empty(30522, 768, dtype=DTYPE)
+    options = (empty(rows, dtype=torch.int64), None, None, None, 1.0, -100, 0.0, 1, True, True, False)
+    _, dinput, dweight, _ = linear_cross_entropy.linear_cross_entropy(x, weight, *options)
+    for gradient in (dinput, dweight):
+        linear_cross_entropy.scale_in_place(gradient, empty(1, dtype=torch.float32))
+
+
+def lookups(batch, tokens):
+    ids = empty(batch, tokens, dtype=torch.int64)
+    tables = [empty(size, 768, dtype=DTYPE) for size in (30522, 2, 512)]
+    out = embedding.embedding_sum(ids, tables[0], ids, tables[1], ids, tables[2], None, False)
+    embedding.embedding_gradient(out, ids, 30522, 0)
+
+
+def packing_both_ways(batch, tokens):
+    rows, indices = empty(batch * tokens, 768, dtype=DTYPE), empty(max(1, batch * tokens // 2), dtype=torch.int64)
+    packing.scatter_rows(packing.gather_rows(rows, indices, rows.shape[0]), indices, rows.shape[0])
+
+
+STEPS = [
+    attention_step,
+    lambda batch, tokens: attention_step(batch, tokens, packed=True),
+    attention_of_views,
+    norms,
+    elementwise,
+    losses,
+    linear_loss,
+    lookups,
+    packing_both_ways,
+]
+
+
+def variants(steps_and_sizes):
+    """Kernel -> how many versions of it these calls would compile."""
+    found = {}
+    for step, size in steps_and_sizes:
+        for name, version in aot.specialisations(lambda step=step, size=size: step(*size), "sm90"):
+            found.setdefault(name, set()).add(version)
+    return {name: len(versions) for name, versions in found.items()}
+
+
+# Fake tensors have no values, so a launcher that reads one back (item, tolist, nonzero) raises: the same calls also
+# prove that nothing synchronises.
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: getattr(step, "__name__", "step").strip("<>"))
+def test_batch_and_sequence_compile_nothing_new(step):
+    found = variants((step, size) for size in SIZES)
+    assert found
+    several = {name: count for name, count in found.items() if count > allowed(name)}
+    assert not several, f"versions for {len(SIZES)} batch and sequence sizes: {several}"
+
+
+def allowed(name):
+    # scale_kernel: of float32 and of 16-bit gradients; loss_sums_kernel: a mean's divisor, then the loss.
+    return 2 if name in ("scale_kernel", "loss_sums_kernel") else 1
+
+
+def test_another_width_is_another_version():
+    """Of the tester: what ought to compile anew does."""
+
+    def norm(columns):
+        x = empty(4, columns, dtype=DTYPE)
+        layer_norm.layer_norm(x, None, None, 1e-5)
+
+    found = variants([(norm, (768,)), (norm, (1600,))])
+    assert found == {"layer_norm_forward_kernel": 2}
+
+
+def test_reading_a_value_back_is_noticed():
+    def reads():
+        packing.gather_rows(empty(4, int(new_seed()), dtype=DTYPE), new_seed(), 4)
+
+    # A CPU build of torch stops earlier than the fake tensor does.
+    with pytest.raises((DataDependentOutputException, RuntimeError), match="item|not linked with support for cuda"):
+        aot.specialisations(reads, "sm90")
