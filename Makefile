@@ -32,7 +32,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,10s/^# *//p' Makefile
+	@sed -n '3,12s/^# *//p' Makefile
 
 $(BIN)/python:
 	@echo "== creating $(VENV) with $(PYTHON)"
@@ -61,7 +61,10 @@ lint: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev build lint
 	@echo "== testing"
-	$(BIN)/python -m pytest --ignore=tests/packaging --ignore=tests/cuda_host --ignore=tests/cuda_build
+	$(BIN)/python -m pytest --ignore=tests/packaging --ignore=tests/compiled \
+	  --ignore=tests/cuda_host --ignore=tests/cuda_build
+	@if [ -d tests/compiled ]; then echo "== compiling the Triton kernels for GPUs that need not be here"; \
+	  $(BIN)/python -m pytest -n 2 tests/compiled; fi
 	@if [ -d tests/kernels ]; then echo "== testing the Triton kernels in its interpreter"; \
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels; fi
 

@@ -568,6 +568,8 @@ TILES = {
     ("gfx942", 128, "dkdv", False): Tiles(32, 64, 8, 1),
     ("gfx942", 128, "dkdv", True): Tiles(32, 64, 8, 1),
 }
+# What tuning tries beside them, in 16 bits: deeper pipelines, and a tile that may spill but reads less.
+MORE_TILES = (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2))
 # No matrix instructions in IEEE float32: a thread multiplies whole rows of head_dim elements, held in registers.
 FLOAT32_TILES = {
     (64, "forward"): Tiles(32, 32, 4, 1),
@@ -595,7 +597,7 @@ def tiles(kernel: str, block_d: int, dtype: torch.dtype, dropout: bool) -> Tiles
 
 
 def _tile(kernel: str, query: Tensor, causal: bool, seed: Tensor | None, launch_with: Callable[[Tiles], None]) -> Tiles:
-    """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest that the table holds for any target."""
+    """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest of those for any target and of MORE_TILES."""
     block_d, dropout = launch.power_of_two(query.shape[-1], 16), seed is not None
     default = tiles(kernel, block_d, query.dtype, dropout)
     kind = f"attention {kernel} {block_d} {query.dtype} causal={causal} dropout={dropout}"
@@ -605,6 +607,7 @@ def _tile(kernel: str, query: Tensor, causal: bool, seed: Tensor | None, launch_
         candidates = [
             tile for (_, width, name, _), tile in TILES.items() if (width, name) == (max(64, block_d), kernel)
         ]
+        candidates += MORE_TILES
     return tuning.choose(kind, default, candidates, launch_with, query.device)
 
 

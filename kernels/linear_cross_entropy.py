@@ -69,8 +69,7 @@ def _run_chunks(
     rows, (classes, features), dtype, device = input.shape[0], weight.shape, input.dtype, input.device
     weight = weight.to(dtype)
     after = dtype == torch.float16  # scale and divide after the products
-    dinput_dtype = torch.float32 if after else dtype
-    dinput = torch.empty((rows, features), dtype=dinput_dtype, device=device) if needs[0] else None
+    dinput = torch.empty((rows, features), dtype=dtype, device=device) if needs[0] else None
     dweight = torch.zeros((classes, features), dtype=torch.float32, device=device) if needs[1] and not rows else None
     dbias = torch.zeros(classes, dtype=torch.float32, device=device) if needs[2] else None
     padded = triton.cdiv(classes, ALIGNMENT) * ALIGNMENT
@@ -89,10 +88,7 @@ def _run_chunks(
             scale=1.0 if after else scale,
         )
         if dinput is not None:
-            if dinput.dtype == dtype:
-                torch.mm(logits, weight, out=dinput.narrow(*part))
-            else:
-                dinput.narrow(*part).copy_(torch.mm(logits, weight))
+            torch.mm(logits, weight, out=dinput.narrow(*part))
         if needs[1]:
             product = torch.mm(logits.t(), x)
             dweight = product.float() if dweight is None else dweight.add_(product)
@@ -100,9 +96,8 @@ def _run_chunks(
             dbias += logits.sum(0, dtype=torch.float32)
     gradients = [dinput, dweight, dbias]
     if after:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(scale) if divisor is None else gradient.mul_(scale / divisor)
+        factor = scale if divisor is None else scale / divisor
+        gradients = [None if gradient is None else gradient.float().mul_(factor) for gradient in gradients]
     return gradients
 
 

@@ -74,7 +74,7 @@ def attention_cases() -> Iterator[Case]:
         if half and not packed and not dropout:
             gate = ("sm80", "sm90", "gfx942") + (("sm100",) if dtype == torch.bfloat16 and head_dim == 64 else ())
         elif dtype == torch.bfloat16 and head_dim == 64:
-            gate = ("sm90", "gfx942") if dropout and not packed else ("sm90",) if packed and not dropout else ()
+            gate = ("sm90",) if dropout != packed else ()
         else:
             gate = ("sm90",) if dtype == torch.float32 and head_dim == 64 and not packed and not dropout else ()
         parts = (f"d{head_dim}", "causal", "packed" if packed else "", "dropout" if dropout else "")
