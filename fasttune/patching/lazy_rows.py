@@ -229,7 +229,9 @@ class _PassOn:
     def __init__(self, lazy: LazyRows) -> None:
         self._lazy = weakref.ref(lazy)
 
-    def __call__(self, grad: Tensor) -> None:
+    def __call__(self, grad: Tensor | None) -> None:
+        if grad is None:  # from a function that several tensors went through (DDP's), but not this one to the loss
+            return
         lazy = self._lazy()
         assert lazy is not None  # the graph that the gradient came through holds it
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()

@@ -123,10 +123,10 @@ def needed_work(model, inputs, loss_of=loss_of):
     def note(name, module, args):
         x, weight = args[0], module.weight
         if weight.shape[0] != 101 or isinstance(module, Conv1D):
-            rows = (
-                x.shape[0] if name.endswith("score") else x.numel() // x.shape[-1]
-            )  # GPT-2's classifier reads one row
-            needed["products"] += rows * weight.numel() * (int(x.requires_grad) + int(weight.requires_grad))
+            rows = x.shape[0] if name.endswith("score") else x.numel() // x.shape[-1]  # one row of a sequence
+            found = rows * weight.numel() * (int(x.requires_grad) + int(weight.requires_grad))
+            needed["products"] += found
+            needed["score"] += found if name.endswith("score") else 0
         if name.endswith(("query", "c_attn")):
             bias = module.bias is not None and module.bias.requires_grad
             needed["attention"] += bool(x.requires_grad or weight.requires_grad or bias)
@@ -149,6 +149,13 @@ def needed_work(model, inputs, loss_of=loss_of):
         if name.endswith(("c_fc", "intermediate.dense")) and type(module) in (nn.Linear, Conv1D):
             needed["activation biases"] += module.bias.requires_grad
     return needed
+
+
+def assert_work(done, needed):
+    """Equal, but that GPT-2's classifier may go with its loss, in one operator."""
+    score = needed.pop("score", 0)
+    assert 0 <= needed.pop("products") - done.pop("products") <= score
+    assert {kind: done[kind] for kind in needed} == dict(needed)
 
 
 def work_done(backward):
@@ -186,7 +193,7 @@ def test_only_needed_work_runs_backward(head, freeze):
     needed = needed_work(copy.deepcopy(model), inputs)
     _, backward = calls_of(fasttune.patch(model, packing=False, trim=False), inputs)
     done = work_done(backward)
-    assert {kind: done[kind] for kind in needed} == dict(needed)
+    assert_work(done, needed)
 
 
 @pytest.mark.parametrize("padding", [None, "right"])
@@ -200,7 +207,7 @@ def test_packing_and_trimming_add_no_work(head, freeze, padding):
     needed = needed_work(copy.deepcopy(model), inputs)
     _, backward = calls_of(fasttune.patch(model), inputs)
     done = work_done(backward)
-    assert all(done[kind] <= needed[kind] for kind in needed), (done, needed)
+    assert all(done[kind] <= needed[kind] for kind in done), (done, needed)
 
 
 @pytest.mark.parametrize("freeze", FREEZE)
@@ -299,7 +306,7 @@ def test_adapters_need_no_gradient_of_the_weights_they_adapt(head):
     needed = needed_work(adapted(), inputs)
     _, backward = calls_of(fasttune.patch(adapted(), packing=False, trim=False), inputs)
     done = work_done(backward)
-    assert {kind: done[kind] for kind in needed} == dict(needed)
+    assert_work(done, needed)
     assert done["tables"] == done["norm weights"] == done["activation biases"] == 0
     if head.startswith("Bert"):
         flags = [arguments["needed"] for name, arguments in backward if name == "attention_backward"]
