@@ -4,7 +4,8 @@
     python benchmarks/report.py out/benchmarks.json --out out
 
 writes out/benchmarks.md and its plots beside it. A run may be in several files, such as operations in one and training
-steps in another; where a row is in two of them, the later file counts.
+steps in another; where a row is in two of them, the later file counts. `--keep DIR` also writes each file's figures there,
+without what pytest-benchmark adds: that is what benchmarks/results/ holds.
 """
 
 from __future__ import annotations
@@ -55,6 +56,18 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, An
                 median_ms = 1e3 * row["stats"]["median"]
                 records[row["name"]] = row["extra_info"] | {"name": row["name"], "median_ms": median_ms}
     return machines, list(records.values())
+
+
+def keep(path: Path, folder: Path) -> None:
+    """The figures of a run and what they were measured on, without host and commit."""
+    data = json.loads(path.read_text())
+    rows = [
+        {"name": row["name"], "stats": {"median": row["stats"]["median"]}, "extra_info": row["extra_info"]}
+        for row in data["benchmarks"]
+    ]
+    kept = {"machine_info": {"fasttune": data["machine_info"].get("fasttune", {})}, "benchmarks": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / path.name).write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def step_table(records: Sequence[dict[str, Any]]) -> str:
@@ -258,7 +271,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the page and its plots")
+    parser.add_argument("--keep", type=Path, help="folder for the figures alone, to be committed")
     args = parser.parse_args(argv)
+    if args.keep is not None:
+        for path in args.json:
+            keep(path, args.keep)
     print(write(args.json, args.out))
 
 

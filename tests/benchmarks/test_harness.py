@@ -128,6 +128,8 @@ def test_quick_run_and_report(tmp_path):
     names = {row["name"] for row in json.loads(output.read_text())["benchmarks"]}
     assert len(names) > 40
     page = report.write([output], tmp_path).read_text()
+    report.keep(output, tmp_path / "kept")
+    assert report.write([tmp_path / "kept" / output.name], tmp_path / "again").read_text() == page
     for heading in ("## Training steps", "## Operations", "## Overhead"):
         assert heading in page
     assert "the figures mean nothing" in page
