@@ -4,8 +4,8 @@
     python benchmarks/report.py out/benchmarks.json --out out
 
 writes out/benchmarks.md and its plots beside it. A run may be in several files, such as operations in one and training
-steps in another; where a row is in two of them, the later file counts. `--keep DIR` also writes each file's figures there,
-without what pytest-benchmark adds: that is what benchmarks/results/ holds.
+steps in another; where a row is in two of them, the later file counts. `--keep DIR` also writes the figures of each
+file there, without what pytest-benchmark adds: that is what benchmarks/results/ holds.
 """
 
 from __future__ import annotations
