@@ -70,20 +70,6 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
             partial(ops.attention, **options, backend="torch"),
             packed,
         )
-    elif operation == "attention_chosen_queries":
-        offsets = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32, device=device)
-        options = {
-            "causal": True,
-            "cu_seqlens": offsets,
-            "cu_seqlens_q": torch.tensor([0, 2, 3], dtype=torch.int32, device=device),
-            "positions_q": torch.tensor([1, 5, 3], dtype=torch.int32, device=device),
-        }
-        yield case(
-            "",
-            partial(ops.attention, **options, backend=backend),
-            partial(ops.attention, **options, backend="torch"),
-            [random(3, 3, 64), random(tokens, 3, 64), random(tokens, 3, 64)],
-        )
     elif operation in ("layer_norm", "layer_norm_gelu", "gelu_layer_norm"):
 
         def norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
