@@ -555,6 +555,8 @@ TILES = {
     ("sm90", 128, "dq", True): Tiles(128, 32, 8, 2),
     ("sm90", 128, "dkdv", False): Tiles(64, 64, 8, 2),
     ("sm90", 128, "dkdv", True): Tiles(32, 128, 8, 1),
+    ("sm100", 64, "dkdv", False): Tiles(64, 64, 4, 2),  # the rest of sm100 takes sm80's
+    ("sm100", 128, "dkdv", False): Tiles(64, 64, 8, 2),
     ("gfx942", 64, "forward", False): Tiles(128, 64, 8, 2),
     ("gfx942", 64, "forward", True): Tiles(128, 64, 8, 2),
     ("gfx942", 64, "dq", False): Tiles(64, 64, 4, 2),

@@ -42,13 +42,13 @@ def tape(monkeypatch):
     noted = []
 
     def call(self, *args):
-        if self._eager is None:
+        if self._apply is None:
             outputs = self._run(*args)
             if isinstance(outputs, torch.Tensor):
                 return outputs
             return outputs[0] if self.public == 1 else tuple(outputs[: self.public])
         context = Context(args)
-        outputs = self._eager.forward(context, *args)
+        outputs = self._apply.__self__.forward(context, *args)
         noted.append((self, context, outputs if isinstance(outputs, tuple) else (outputs,)))
         return outputs
 
@@ -65,7 +65,7 @@ def play(step, tape):
     with torch.no_grad():
         step()
         for operator, context, outputs in reversed(list(tape)):
-            operator._eager.backward(context, *(torch.empty_like(out) for out in outputs))
+            operator._apply.__self__.backward(context, *(torch.empty_like(out) for out in outputs))
 
 
 def leaf(*shape):

@@ -41,7 +41,7 @@ def train(head):
     gradients blows the rounding of those that are 0 (a key's bias) up to whole steps."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    model = fasttune.patch(build(head, dropout=0.1))
+    model = fasttune.patch(build(head, dropout=0.1), trim=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses, first = [], [parameter.detach().clone() for parameter in model.parameters()]
     for step in range(3):
