@@ -2,6 +2,8 @@
 // 256 columns with one such access of each lane: one 16-byte access per lane for 16-bit types, two for
 // float32.
 #pragma once
+#include <string.h>
+
 #include "cuda/device.cuh"
 
 namespace fasttune::cuda {
@@ -48,6 +50,24 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
+__device__ __forceinline__ uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// One 16-byte store. Written as an instruction, because the compiler splits it where it shares code with the
+// stores of single elements beside it.
+__device__ __forceinline__ void store16(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+#ifdef FASTTUNE_CUDA_HOST
+  *static_cast<uint4*>(to) = make_uint4(x, y, z, w);
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x), "r"(y),
+               "r"(z), "r"(w)
+               : "memory");
+#endif
+}
+
 template <class T>
 struct alignas(16) Packed {
   T values[kVector];
@@ -79,14 +99,12 @@ template <class T>
 __device__ __forceinline__ void store8(T* row, int64_t column, int64_t columns, bool aligned,
                                        const float (&in)[kVector]) {
   if (aligned && column >= 0 && column + kVector <= columns) {
-    // In words: from a struct of 16-bit values the compiler makes 8-byte stores.
     if constexpr (sizeof(T) == 4) {
-      float4* to = reinterpret_cast<float4*>(row + column);
-      to[0] = make_float4(in[0], in[1], in[2], in[3]);
-      to[1] = make_float4(in[4], in[5], in[6], in[7]);
+      store16(row + column, bits_of(in[0]), bits_of(in[1]), bits_of(in[2]), bits_of(in[3]));
+      store16(row + column + 4, bits_of(in[4]), bits_of(in[5]), bits_of(in[6]), bits_of(in[7]));
     } else {
-      *reinterpret_cast<uint4*>(row + column) = make_uint4(pack<T>(in[0], in[1]), pack<T>(in[2], in[3]),
-                                                           pack<T>(in[4], in[5]), pack<T>(in[6], in[7]));
+      store16(row + column, pack<T>(in[0], in[1]), pack<T>(in[2], in[3]), pack<T>(in[4], in[5]),
+              pack<T>(in[6], in[7]));
     }
     return;
   }

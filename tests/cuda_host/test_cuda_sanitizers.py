@@ -51,10 +51,11 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(expected, orde
     assert drive("plain", order=order) == (expected, [])
 
 
-# float16 is left out: it shares every line with bfloat16 but for conversions.
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_no_data_race(expected, dtype):
-    assert drive("threads", case=dtype) == (of(expected, dtype), [])
+# The 16-bit types share every line with float32 but for conversions, in all kernels but attention's. Under these
+# sanitizers that counts: a minute each.
+@pytest.mark.parametrize("case", ["f32", "bf16/attention"])
+def test_no_data_race(expected, case):
+    assert drive("threads", case=case) == (of(expected, case), [])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
