@@ -63,8 +63,9 @@ def test_matches_torch(isa, classes, options):
 def test_matches_torch_in_every_dtype(isa, dtype, rows):
     target = labels(rows, 259)
     logits = (torch.randn(rows, 259) * 3).to(dtype)
-    assert_same_math(*pair(target, {}, 259), [logits], ["logits"])
-    assert_same_math(*pair(target, {"reduction": "none", "label_smoothing": 0.2}, 259), [logits], ["logits"])
+    slack = SWEEP_SLACK if rows == 1 else 1.0  # stock was once right to 0.2 ulp in all of a row
+    for options in ({}, {"reduction": "none", "label_smoothing": 0.2}):
+        assert_same_math(*pair(target, options, 259), [logits], ["logits"], slack)
 
 
 # Few elements make stock right by luck, which no budget derived from its error can allow for: at least 4 x 20.
