@@ -39,10 +39,12 @@ def test_empty_batches():
     assert torch.equal(_scatter_rows(torch.randn(0, 5), none, 4, "triton"), torch.zeros(4, 5))
 
 
-def test_an_index_out_of_range_reads_nothing():
+def test_an_index_out_of_range_reads_and_writes_nothing():
     rows = torch.randn(4, 5)
     out = _gather_rows(rows, torch.tensor([1, 4, -1, 2**40]), 4, "triton")
     assert torch.equal(out, torch.cat((rows[1:2], torch.zeros(3, 5))))
+    back = _scatter_rows(rows, torch.tensor([1, 4, -1, 2**40]), 4, "triton")
+    assert torch.equal(back, torch.cat((torch.zeros(1, 5), rows[:1], torch.zeros(2, 5))))
 
 
 def test_bytes_moved_are_the_minimum():
