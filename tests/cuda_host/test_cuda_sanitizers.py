@@ -71,7 +71,7 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(expected, dtype):
     [
         (MISSING_SYNC, "f32/layer_norm/520", "reduce.cuh"),
         (UNORDERED_REDUCTION, "f32/layer_norm/520", "reduce.cuh"),
-        (MISSING_TILE_SYNC, "bf16/attention/", "attention"),
+        (MISSING_TILE_SYNC, "bf16/attention/", "load_matrices"),  # the emulated ldmatrix
     ],
 )
 def test_a_missing_barrier_is_a_race(bug, case, where):
