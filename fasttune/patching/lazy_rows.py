@@ -383,5 +383,5 @@ LazyRows.handlers = {
     Tensor.bfloat16: lambda lazy, **_: _cast(lazy, torch.bfloat16),
     F.cross_entropy: _cross_entropy,
     # There is none before the values are. DDP asks, to tell which outputs its own node has to follow.
-    Tensor.grad_fn.__get__: lambda lazy: None,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__: lambda lazy: None,  # type: ignore[union-attr]
 }
