@@ -84,10 +84,11 @@ def step_table(records: Sequence[dict[str, Any]]) -> str:
                 ms(record["products_ms"]),
                 f"**{record['over_products']:.2f}×**",
                 f"{best['over_products']:.2f}×",
+                str(record["rounds"]),
             ]
         )
     header = ["step", "dtype", "fasttune", "stock", "faster than the better one", "needed products"]
-    return markdown_table([*header, "fasttune ÷ products", "stock ÷ products"], rows)
+    return markdown_table([*header, "fasttune ÷ products", "stock ÷ products", "rounds"], rows)
 
 
 def operation_table(records: Sequence[dict[str, Any]]) -> str:
@@ -135,19 +136,28 @@ def overhead_table(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def machine_line(machine: dict[str, Any]) -> str:
-    return (
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']} "
-        f"({machine['torch_cpu_capability']}), transformers {machine['transformers']}, Python {machine['python']}, "
-        f"fasttune on {machine['fasttune_isa']}; a 1536³ fp32 matrix product ran at {machine['matmul_gflops']} GFLOP/s."
-    )
+def machine_lines(machines: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each kind of machine; its speed, measured at the start of every run, as a range."""
+    speeds: dict[str, list[float]] = {}
+    for machine in machines:
+        kind = (
+            f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']} "
+            f"({machine['torch_cpu_capability']}), transformers {machine['transformers']}, Python {machine['python']}, "
+            f"fasttune on {machine['fasttune_isa']}"
+        )
+        speeds.setdefault(kind, []).append(machine["matmul_gflops"])
+    return [
+        f"{kind}; a 1536³ fp32 matrix product ran at {'–'.join(f'{x:.0f}' for x in sorted({min(found), max(found)}))}"
+        " GFLOP/s."
+        for kind, found in speeds.items()
+    ]
 
 
 def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
     steps = [record for record in records if record["group"] == STEP]
     overhead = [record for record in records if record["group"] == OVERHEAD]
     operations = [record for record in records if record["group"] not in (STEP, OVERHEAD)]
-    parts = ["# Benchmarks", *dict.fromkeys(map(machine_line, machines))]
+    parts = ["# Benchmarks", *machine_lines(machines)]
     if any(machine.get("quick") for machine in machines):
         parts.append("**A quick run on tiny shapes: it tries the harness, the figures mean nothing.**")
     parts += [METHOD, "Reproduce with `make bench`."]
