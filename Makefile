@@ -41,7 +41,7 @@ $(BIN)/python:
 # One stamp per set of extras: pip runs again only when the requirements change.
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml constraints.txt
 	@echo "== installing fasttune[$*] and what it needs into $(VENV)"
-	FASTTUNE_BUILD_CPP=0 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt $(BUILD_REQUIRES) -e ".[$*]"
+	FASTTUNE_BUILD_CPP=0 FASTTUNE_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt $(BUILD_REQUIRES) -e ".[$*]"
 	if [ $* = dev ] && [ "$$(uname -s)" = Linux ]; then $(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $(TRITON); fi
 	@touch $@
 
