@@ -20,6 +20,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
+# Two processes of one thread each; a file's tests share what they set up. Tests of threads ask for theirs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # The build requirements of pyproject.toml: here the library is built in place, file by file as they change.
 BUILD_REQUIRES := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
 # The version whose interpreter tests/interpreter mends. Without its dependents' consent: torch's CUDA build asks for 3.7.1.
@@ -61,12 +63,12 @@ lint: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev build lint
 	@echo "== testing"
-	$(BIN)/python -m pytest --ignore=tests/packaging --ignore=tests/compiled \
+	$(PYTEST) --ignore=tests/packaging --ignore=tests/kernels --ignore=tests/compiled \
 	  --ignore=tests/cuda_host --ignore=tests/cuda_build
 	@if [ -d tests/compiled ]; then echo "== compiling the Triton kernels for GPUs that need not be here"; \
-	  $(BIN)/python -m pytest -n 2 tests/compiled; fi
+	  $(PYTEST) tests/compiled; fi
 	@if [ -d tests/kernels ]; then echo "== testing the Triton kernels in its interpreter"; \
-	  TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels; fi
+	  TRITON_INTERPRET=1 $(PYTEST) tests/kernels; fi
 
 cuda-host: $(VENV)/.installed-dev
 	@echo "== running the CUDA kernels on the host"

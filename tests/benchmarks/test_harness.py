@@ -1,6 +1,7 @@
 """The benchmark harness on tiny shapes: counts of matrix products, ratios, the report, and a whole quick run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,8 +122,13 @@ def test_extra_memory_sees_the_logits():
 def test_quick_run_and_report(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "--threads", "1", "-q"]
     output = tmp_path / "benchmarks.json"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, f"--benchmark-json={output}", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True
+        [*command, f"--benchmark-json={output}", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = {row["name"] for row in json.loads(output.read_text())["benchmarks"]}
