@@ -2,7 +2,7 @@
 
 A step is as in step_workloads.py, over one padded batch for all rows, so that rows compare with each other. The needed
 matrix products leave out what freezing spares: no weight gradient of a frozen layer, no input gradient where nothing
-below trains, no backward at all below the lowest trainable layer. The last layer is counted in full, as there.
+below trains, no backward at all below the lowest trainable layer.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 import products
 import torch
+from batches import LABELS, Batch
+from needed import attention_of_rows, needed_products
 from products import Product
-from step_workloads import LABELS, Batch, _configs, needed_products
+from step_workloads import _configs
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
 from workload import OURS, Step, Workload
@@ -94,30 +96,36 @@ def _scaled(found: list[Product], *factors: float) -> list[Product]:
     return [replace(p, count=p.count * factors[i % 3]) for i, p in enumerate(found) if factors[i % 3]]
 
 
-def needed(config: Any, part: Part, batch: Batch) -> list[Product]:
-    """The matrix products that a step of this part cannot do without."""
+def needed(config: Any, part: Part, batch: Batch, *, whole_last_layer: bool = False) -> list[Product]:
+    """The matrix products that a step of this part cannot do without; of the last layer as in `needed_products`."""
     if part.kind == FULL:
-        return needed_products(config, "classification", batch)
+        return needed_products(config, "classification", batch, whole_last_layer=whole_last_layer)
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    linear = partial(products.linear, sum(batch.lengths))
-    attention = products.attention(batch.lengths, config.num_attention_heads, width // config.num_attention_heads)
+    heads, sequences = config.num_attention_heads, len(batch.lengths)
+    every_row = partial(products.linear, sum(batch.lengths))
+    attention = products.attention(batch.lengths, heads, width // heads)
     adapters = part.kind == LORA
     frozen = layers if part.kind == FEATURES else part.frozen_layers(layers)
     found: list[Product] = []
     for layer in range(layers):
         trains, below_trains = layer >= frozen, layer > frozen
         weights = trains and not adapters
-        found += _some(linear(width, width, count=3), True, below_trains, weights)  # queries, keys, values
+        read_row = every_row
+        if layer == layers - 1 and not whole_last_layer:
+            read_row = partial(products.linear, sequences)
+            attention = attention_of_rows(batch.lengths, [[0]] * sequences, heads, width // heads, causal=False)
+        found += _some(every_row(width, width, count=2), True, below_trains, weights)  # keys, values
+        found += _some(read_row(width, width), True, below_trains, weights)  # queries
         for sizes in ((width, width), (width, inner), (inner, width)):
-            found += _some(linear(*sizes), True, trains, weights)
+            found += _some(read_row(*sizes), True, trains, weights)
         if adapters:
-            found += _some(linear(width, RANK, count=2), True, below_trains, True) + linear(RANK, width, count=2)
+            for linear in (read_row, every_row):  # of the queries and of the values
+                found += _some(linear(width, RANK), True, below_trains, True) + linear(RANK, width)
         if not trains:
             found += _scaled(attention, 0.5, 0.5, 0.0)  # Q Kᵀ and P V
         else:  # keys without an adapter need no gradient where nothing below trains: no dSᵀ Q
             found += _scaled(attention, 1.0, 1.0, 1.0 if weights or below_trains else 0.5)
     trains_encoder = part.kind != FEATURES
-    sequences = len(batch.lengths)
     pooler, classifier = products.linear(sequences, width, width), products.linear(sequences, width, LABELS)
     found += _some(pooler, True, trains_encoder, part.kind == LAST)
     return found + _some(classifier, True, trains_encoder, True)

@@ -14,17 +14,15 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import memory
-import products
 import step_workloads
 import torch
-from products import Product
-from step_workloads import Batch
+from batches import Batch
+from needed import read_rows
 from torch import Tensor
 from workload import OURS, Step, Workload
 
@@ -55,56 +53,6 @@ def filled(fill: float, sequences: int, longest: int) -> Batch:
     return Batch((longest, *(max(1, min(longest, round(length))) for length in rest)))
 
 
-def read_rows(config: Any, head: str, batch: Batch) -> list[list[int]]:
-    """Of each sequence, the positions of the last hidden state that the loss reads."""
-    if head == "classification":
-        return [[0] for _ in batch.lengths]
-    labels = batch.inputs(config.vocab_size, head)["labels"]
-    if config.model_type == "gpt2":
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    return [(row != -100).nonzero().flatten().tolist() for row in labels]
-
-
-def attention_of_rows(lengths: Sequence[int], read: list[list[int]], heads: int, head_dim: int, *, causal: bool):
-    """The six products of attention with these queries of each sequence alone."""
-    needed: list[Product] = []
-    for length, positions in zip(lengths, read, strict=True):
-        rows = len(positions)
-        if rows == 0:
-            continue
-        seen = sum(position + 1 for position in positions) / (rows * length) if causal else 1.0
-        needed += [
-            Product(rows, head_dim, length, 2 * seen, heads, transposed_b=True),
-            Product(rows, length, head_dim, 2 * seen, heads),
-            Product(length, rows, head_dim, 2 * seen, heads, transposed_a=True),
-        ]
-    return needed
-
-
-def needed_products(config: Any, head: str, batch: Batch) -> list[Product]:
-    """Of a step that skips what nobody reads."""
-    read = read_rows(config, head, batch)
-    rows, chosen = sum(batch.lengths), sum(len(positions) for positions in read)
-    gpt2 = config.model_type == "gpt2"
-    width = config.n_embd if gpt2 else config.hidden_size
-    heads = config.n_head if gpt2 else config.num_attention_heads
-    layers = config.n_layer if gpt2 else config.num_hidden_layers
-    inner = (config.n_inner or 4 * width) if gpt2 else config.intermediate_size
-    linear = partial(products.linear, conv1d=gpt2)
-    below = layers - 1
-    found = [*linear(rows, width, inner, below), *linear(rows, inner, width, below), *linear(rows, width, width, below)]
-    found += linear(rows, width, 3 * width, below) if gpt2 else linear(rows, width, width, 3 * below)
-    found += linear(rows, width, 2 * width) if gpt2 else linear(rows, width, width, 2)
-    found += [*linear(chosen, width, width, 2), *linear(chosen, width, inner), *linear(chosen, inner, width)]
-    found += products.attention(batch.lengths, heads, width // heads, below, causal=gpt2)
-    found += attention_of_rows(batch.lengths, read, heads, width // heads, causal=gpt2)
-    if gpt2:
-        return found + products.linear(chosen, width, config.vocab_size)
-    if head == "classification":
-        return found + products.linear(chosen, width, width) + products.linear(chosen, width, step_workloads.LABELS)
-    return found + products.linear(chosen, width, width) + products.linear(chosen, width, config.vocab_size)
-
-
 def _switched_off(config: Any, head: str, batch: Batch) -> Step:
     torch.manual_seed(0)
     model = step_workloads.MODELS[config.model_type, head](config.__class__.from_dict(config.to_dict()))
@@ -117,7 +65,7 @@ def padded_step(name: str, config: Any, head: str, batch: Batch, *, compiled: bo
     read = sum(len(positions) for positions in read_rows(config, head, batch))
     tokens, places = sum(batch.lengths), len(batch.lengths) * max(batch.lengths)
     notes = {**row.notes, "fill": tokens / places, "read": read / tokens}
-    return replace(row, products=lambda: needed_products(config, head, batch), notes=notes)
+    return replace(row, notes=notes)
 
 
 def full_step(name: str, config: Any, head: str, batch: Batch, *, compiled: bool = False) -> Workload:

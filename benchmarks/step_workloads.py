@@ -7,14 +7,13 @@ off, as Trainer turns them off.
 from __future__ import annotations
 
 import copy
-import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import products
 import torch
-from products import Product
+from batches import LABELS, Batch
+from needed import needed_products
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -27,84 +26,6 @@ from transformers import (
 from workload import COMPILED, OURS, Step, Workload
 
 import fasttune
-
-LABELS = 2  # classes of a classifier
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Which tokens a step trains on. Sequences are padded to the longest; MLM labels a share of the real tokens."""
-
-    lengths: tuple[int, ...]
-    label_ratio: float = 1.0
-
-    @classmethod
-    def full(cls, sequences: int, length: int, label_ratio: float = 1.0) -> Batch:
-        return cls((length,) * sequences, label_ratio)
-
-    @classmethod
-    def ragged(cls, sequences: int, shortest: int, longest: int, label_ratio: float = 1.0) -> Batch:
-        """Lengths uniform between both ends, the same ones every time."""
-        drawn = random.Random(0)
-        return cls(tuple(drawn.randint(shortest, longest) for _ in range(sequences)), label_ratio)
-
-    def __str__(self) -> str:
-        shortest, longest = min(self.lengths), max(self.lengths)
-        shape = f"{len(self.lengths)} x {longest}"
-        if shortest != longest:
-            shape += f", {sum(self.lengths) / len(self.lengths) / longest:.0%} filled"
-        return shape + (f", {self.label_ratio:.0%} labelled" if self.label_ratio < 1 else "")
-
-    def mask(self) -> Tensor:
-        return (torch.arange(max(self.lengths)) < torch.tensor(self.lengths)[:, None]).long()
-
-    def tokens(self, vocabulary: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocabulary, self.mask().shape, generator=generator) * self.mask()
-
-    def token_labels(self, tokens: Tensor) -> Tensor:
-        """The tokens themselves where they are labelled, -100 elsewhere: exactly label_ratio of each sequence."""
-        generator = torch.Generator().manual_seed(1)
-        labels = torch.full_like(tokens, -100)
-        for row, length in enumerate(self.lengths):
-            chosen = torch.randperm(length, generator=generator)[: max(1, round(self.label_ratio * length))]
-            labels[row, chosen] = tokens[row, chosen]
-        return labels
-
-    def inputs(self, vocabulary: int, head: str) -> dict[str, Tensor]:
-        tokens = self.tokens(vocabulary)
-        inputs = {"input_ids": tokens}
-        if min(self.lengths) != max(self.lengths):
-            inputs["attention_mask"] = self.mask()
-        inputs["labels"] = (
-            torch.arange(len(self.lengths)) % LABELS if head == "classification" else self.token_labels(tokens)
-        )
-        return inputs
-
-
-def needed_products(config: Any, head: str, batch: Batch) -> list[Product]:
-    """Of a step over the real tokens with every layer in full; the vocabulary projection over labelled rows alone."""
-    rows, sequences = sum(batch.lengths), len(batch.lengths)
-    if config.model_type == "gpt2":
-        width, layers, heads, inner = config.n_embd, config.n_layer, config.n_head, config.n_inner or 4 * config.n_embd
-        linear = partial(products.linear, rows, count=layers, conv1d=True)
-        found = [*linear(width, 3 * width), *linear(width, width), *linear(width, inner), *linear(inner, width)]
-        found += products.attention(batch.lengths, heads, width // heads, layers, causal=True)
-        predicted = int((batch.inputs(config.vocab_size, head)["labels"][:, 1:] != -100).sum())
-        return found + products.linear(predicted, width, config.vocab_size)
-    width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    linear = partial(products.linear, rows)
-    found = [*linear(width, width, count=4 * layers)]
-    found += [
-        *linear(width, config.intermediate_size, count=layers),
-        *linear(config.intermediate_size, width, count=layers),
-    ]
-    found += products.attention(batch.lengths, heads, width // heads, layers)
-    if head == "classification":
-        return found + products.linear(sequences, width, width) + products.linear(sequences, width, LABELS)
-    labelled = int((batch.inputs(config.vocab_size, head)["labels"] != -100).sum())
-    return found + products.linear(labelled, width, width) + products.linear(labelled, width, config.vocab_size)
-
 
 MODELS = {
     ("gpt2", "lm"): GPT2LMHeadModel,
@@ -168,13 +89,10 @@ def workloads(quick: bool) -> dict[str, Any]:
     sequences, length = (3, 17) if quick else (16, 128)
     gpt2 = Batch.full(2, 19) if quick else Batch.full(2, 512)
     full = Batch.full(sequences, length)
-    ragged = Batch.ragged(sequences, 3 if quick else 20, length)
     rows = {
         "gpt2-124m": ("GPT-2 124M", config["gpt2"], "lm", gpt2),
         "bert-base-classification": ("BERT-base classification", config["bert"], "classification", full),
         "bert-base-mlm": ("BERT-base MLM", config["bert"], "mlm", replace(full, label_ratio=0.15)),
         "minilm-6-classification": ("MiniLM-6 classification", config["minilm"], "classification", full),
-        "bert-base-classification-padded": ("BERT-base classification", config["bert"], "classification", ragged),
-        "bert-base-mlm-padded": ("BERT-base MLM", config["bert"], "mlm", replace(ragged, label_ratio=0.15)),
     }
     return {name: partial(training_step, *row) for name, row in rows.items()}

@@ -52,8 +52,8 @@ def _cpp_cross_entropy(
     )
     total = _cpp.library.label_weight_sum(labels, rows, weights, ignore_index) if reduction == MEAN else 1.0
     if reduction != NONE:
-        loss = torch.tensor(divide(loss_sum, total), dtype=torch.float32)
-    return loss, statistics, torch.tensor(total, dtype=torch.float32)
+        loss = torch.scalar_tensor(divide(loss_sum, total), dtype=torch.float32)
+    return loss, statistics, torch.scalar_tensor(total, dtype=torch.float32)
 
 
 def _fake(

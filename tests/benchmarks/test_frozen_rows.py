@@ -3,7 +3,7 @@
 import frozen_workloads
 import pytest
 import step_workloads
-from step_workloads import Batch
+from batches import Batch
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -17,8 +17,9 @@ def test_needed_products_are_those_of_a_stock_step(name):
     step = frozen_workloads._side("stock eager", config, part, batch)
     with FlopCounterMode(display=False) as counter:
         step()
-    needed = sum(product.flops for product in frozen_workloads.needed(config, part, batch))
+    needed = sum(product.flops for product in frozen_workloads.needed(config, part, batch, whole_last_layer=True))
     assert needed == pytest.approx(counter.get_total_flops())
+    assert sum(product.flops for product in frozen_workloads.needed(config, part, batch)) < needed
     if name != "full":
-        everything = frozen_workloads.needed(config, frozen_workloads.PARTS["full"], batch)
+        everything = frozen_workloads.needed(config, frozen_workloads.PARTS["full"], batch, whole_last_layer=True)
         assert needed < sum(product.flops for product in everything)

@@ -1,32 +1,35 @@
 """What the rows of skipped work say that a step needs."""
 
+import needed
 import padding_workloads
 import pytest
 import step_workloads
 import torch
-from step_workloads import Batch
+from batches import Batch
 
 CONFIG = step_workloads._configs(quick=True)
 
 
-def flops(needed):
-    return sum(product.flops for product in needed)
+def flops(found):
+    return sum(product.flops for product in found)
 
 
 def test_where_every_row_is_read_the_whole_last_layer_is_needed():
     batch = Batch((9, 4, 7))
-    skipping = padding_workloads.needed_products(CONFIG["bert"], "mlm", batch)
-    assert flops(skipping) == pytest.approx(flops(step_workloads.needed_products(CONFIG["bert"], "mlm", batch)))
+    skipping = needed.needed_products(CONFIG["bert"], "mlm", batch)
+    assert flops(skipping) == pytest.approx(
+        flops(needed.needed_products(CONFIG["bert"], "mlm", batch, whole_last_layer=True))
+    )
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", "classification"), ("gpt2", "lm")])
 def test_rows_that_nobody_reads_are_not_counted(family, head):
     batch = padding_workloads.Answers((9, 4, 7))
-    read = padding_workloads.read_rows(CONFIG[family], head, batch)
+    read = needed.read_rows(CONFIG[family], head, batch)
     # An answer starts in the middle; the row before a token predicts it.
     assert read == ([[0]] * 3 if family == "bert" else [[3, 4, 5, 6, 7], [1, 2], [2, 3, 4, 5]])
-    skipping = flops(padding_workloads.needed_products(CONFIG[family], head, batch))
-    assert skipping < flops(step_workloads.needed_products(CONFIG[family], head, batch))
+    skipping = flops(needed.needed_products(CONFIG[family], head, batch))
+    assert skipping < flops(needed.needed_products(CONFIG[family], head, batch, whole_last_layer=True))
 
 
 @pytest.mark.parametrize("fill", padding_workloads.FILLS)
