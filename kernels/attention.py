@@ -92,6 +92,10 @@ TILES = {
     ("gfx942", 128, "dkdv", False): Tiles(32, 64, 8, 1),
     ("gfx942", 128, "dkdv", True): Tiles(32, 64, 8, 1),
 }
+# Chosen queries have positions in registers. They take the tiles of dropout, which leave some, but for:
+CHOSEN_TILES = {
+    ("sm80", 128, "dkdv"): Tiles(32, 64, 8, 2),
+}
 # What tuning tries beside them, in 16 bits: deeper pipelines, and a tile that may spill but reads less.
 MORE_TILES = (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2))
 # No matrix instructions in IEEE float32: a thread multiplies whole rows of head_dim elements, held in registers.
@@ -110,23 +114,25 @@ INTERPRETED_TILES = {
 }
 
 
-def tiles(kernel: str, block_d: int, dtype: torch.dtype, dropout: bool) -> Tiles:
+def tiles(kernel: str, block_d: int, dtype: torch.dtype, dropout: bool, chosen: bool = False) -> Tiles:
     target = launch.target()
     if target == "interpreter":
         return INTERPRETED_TILES[kernel]
     if dtype == torch.float32:
         return FLOAT32_TILES[max(64, block_d), kernel]
+    width, dropout = max(64, block_d), dropout or chosen
     known = target if (target, 64, kernel, dropout) in TILES else ("gfx942" if target.startswith("gfx") else "sm80")
-    return TILES[known, max(64, block_d), kernel, dropout]
+    if chosen and (known, width, kernel) in CHOSEN_TILES:
+        return CHOSEN_TILES[known, width, kernel]
+    return TILES[known, width, kernel, dropout]
 
 
 def _tile(
     kernel: str, query: Tensor, causal: bool, dropout: bool, chosen: bool, launch_with: Callable[..., None]
 ) -> Tiles:
-    """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest of those for any target and of MORE_TILES. Chosen
-    queries have positions in registers: they take the tiles of dropout, which leave some."""
+    """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest of those for any target and of MORE_TILES."""
     block_d = launch.power_of_two(query.shape[-1], 16)
-    default = tiles(kernel, block_d, query.dtype, dropout or chosen)
+    default = tiles(kernel, block_d, query.dtype, dropout, chosen)
     kind = f"attention {kernel} {block_d} {query.dtype} causal={causal} dropout={dropout}{' chosen' if chosen else ''}"
     if query.dtype == torch.float32:
         candidates = [tile for (_, name), tile in FLOAT32_TILES.items() if name == kernel]
