@@ -8,8 +8,10 @@ import sys
 import traceback
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
@@ -20,6 +22,9 @@ from models import batch_of, build, loss_of  # noqa: E402
 import fasttune  # noqa: E402
 from fasttune.patching import attention, tied  # noqa: E402
 
+INTERPRETER = tuple(str(Path(package.__file__).parent) for package in (triton, interpreter))
+OURS = (str(Path(fasttune.__file__).parent),)
+THEIRS = (*INTERPRETER, str(Path(transformers.__file__).parent))
 READS = {
     *("_local_scalar_dense", "nonzero", "_unique", "_unique2", "unique_dim", "unique_consecutive", "equal"),
     *("masked_select", "bincount", "repeat_interleave", "is_nonzero", "_coalesce"),
@@ -42,14 +47,12 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def note(self, name):
-        ours = ("/fasttune/", "/kernels/attention", "/kernels/l", "/kernels/e")
-        for frame in reversed(traceback.extract_stack()):
-            if "/transformers/" in frame.filename or "/triton/" in frame.filename.replace("/wt/triton/", "/"):
-                return
-            if any(part in frame.filename for part in ours):
-                self.found.append(f"{name} in {frame.filename}:{frame.lineno}")
-                return
-        self.found.append(f"{name} in {traceback.extract_stack()[-4]}")
+        stack = [frame for frame in reversed(traceback.extract_stack()) if frame.filename.startswith((*OURS, *THEIRS))]
+        if stack and stack[0].filename.startswith(INTERPRETER):
+            return
+        ours = [f"{name} in {frame.filename}:{frame.lineno}" for frame in stack if frame.filename.startswith(OURS)]
+        if ours or not stack:
+            self.found.append(ours[0] if ours else f"{name} in the backward of an operator of torch")
 
 
 @pytest.fixture(autouse=True)
