@@ -68,7 +68,7 @@ test: $(VENV)/.installed-dev build lint
 	@if [ -d tests/compiled ]; then echo "== compiling the Triton kernels for GPUs that need not be here"; \
 	  $(PYTEST) tests/compiled; fi
 	@if [ -d tests/kernels ]; then echo "== testing the Triton kernels in its interpreter"; \
-	  TRITON_INTERPRET=1 $(PYTEST) tests/kernels; fi
+	  TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/ops; fi
 
 cuda-host: $(VENV)/.installed-dev
 	@echo "== running the CUDA kernels on the host"

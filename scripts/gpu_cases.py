@@ -21,6 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SEQUENCES, TOKENS, HIDDEN = 8, 512, 768
 CLASSES = 50257  # GPT-2's vocabulary
 ROWS = SEQUENCES * TOKENS
+CHOSEN = ROWS // 8  # queries of some positions only: masked language modelling labels about so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,21 @@ def _attention(dtype: torch.dtype, head_dim: int, causal: bool, dropout: bool, p
     return call
 
 
+def _chosen_queries(dtype: torch.dtype, head_dim: int, dropout: bool) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import attention
+
+        heads = HIDDEN // head_dim
+        query, key = (empty(rows, heads, head_dim, dtype=dtype) for rows in (CHOSEN, ROWS))
+        offsets, positions = empty(SEQUENCES + 1, dtype=torch.int32), empty(CHOSEN, dtype=torch.int32)
+        options = (new_seed() if dropout else None, True, head_dim**-0.5, 0.1 if dropout else 0.0)
+        out, lse = attention.chosen_forward(query, key, key, offsets, offsets, positions, None, *options)
+        tensors = (query, key, key, out, lse, offsets, offsets, positions)
+        attention.chosen_backward(out, *tensors, *options, [True] * 3)
+
+    return call
+
+
 def attention_cases() -> Iterator[Case]:
     for dtype, head_dim, dropout, packed in itertools.product(DTYPES, (64, 128), (False, True), (False, True)):
         if (packed and (head_dim, dtype) != (64, torch.bfloat16)) or (dropout and dtype == torch.float16):
@@ -85,6 +101,18 @@ def attention_cases() -> Iterator[Case]:
             _attention(dtype, head_dim, True, dropout, packed),
             {"head_dim": head_dim, "dropout": dropout},
             gate,
+        )
+    for head_dim, dtype, dropout in itertools.product((64, 128), DTYPES, (False, True)):
+        if (head_dim == 128 or dtype == torch.float32) and dropout:
+            continue  # queries carry positions: nothing that dropout or the head dimension adds to
+        parts = (f"d{head_dim}", "causal", "chosen", "dropout" if dropout else "")
+        yield Case(
+            "attention",
+            " ".join(filter(None, parts)),
+            dtype,
+            _chosen_queries(dtype, head_dim, dropout),
+            {"head_dim": head_dim, "dropout": dropout},
+            ("sm90",),
         )
     # Masks without the diagonal, and head dimensions that are padded inside, change little: one of each.
     yield Case(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from gpu_cases import CLASSES, HIDDEN, ROWS, TOKENS, Case
+from gpu_cases import CHOSEN, CLASSES, HIDDEN, ROWS, TOKENS, Case
 
 MEMORY = 3.35e12  # bytes/s
 MATRIX = 989e12  # FLOP/s, bfloat16 and float16
@@ -46,17 +46,21 @@ def _attention(kernel: str, case: Case) -> Work:
     """Elements of out, dQ or dK; a causal row has half the keys. The products of a query and a key are shared by the
     head's elements."""
     size, head_dim = case.dtype.itemsize, case.facts["head_dim"]
-    pairs = TOKENS / (2 if "causal" in case.variant else 1)
-    tensors, products, operations = {
-        "attention_forward_kernel": (4, 2, 7),
-        "attention_dq_kernel": (6, 3, 7),
-        "attention_dkdv_kernel": (6, 4, 7),
+    queries = CHOSEN if "chosen" in case.variant else ROWS
+    # Tensors with a row for each query and with one for each key, products, operations.
+    of_queries, of_keys, products, operations = {
+        "attention_forward_kernel": (2, 2, 2, 7),
+        "attention_dq_kernel": (4, 2, 3, 7),
+        "attention_dkdv_kernel": (2, 4, 4, 7),
     }[kernel]
+    rows, others = (ROWS, queries) if kernel == "attention_dkdv_kernel" else (queries, ROWS)
+    pairs = TOKENS * others / ROWS / (2 if "causal" in case.variant else 1)
+    tensors = (of_queries * queries + of_keys * ROWS) / rows
     if case.facts["dropout"]:
         operations += 15 if kernel != "attention_dkdv_kernel" else 26
     return Work(
-        ROWS * HIDDEN,
-        tensors * size + 8 / head_dim,
+        rows * HIDDEN,
+        tensors * size + 8 / head_dim * queries / rows,
         operations * pairs / head_dim,
         2 * products * pairs,
         pairs / head_dim,

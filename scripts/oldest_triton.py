@@ -17,7 +17,7 @@ import triton
 
 # In bfloat16; the targets are those whose compilers differ most. Attention at head dimension 64 with and without
 # dropout, every other operation in its first variant.
-SAMPLE = {"attention": ("d64 causal", "d64 causal dropout", "d64 causal packed")}
+SAMPLE = {"attention": ("d64 causal", "d64 causal dropout", "d64 causal packed", "d64 causal chosen")}
 TARGETS = {"attention": ("sm90",)}
 
 

@@ -81,3 +81,17 @@ def test_every_operation_with_gpu_kernels_has_a_parity_case():
             continue
         cases = list(gpu_parity._pair(operation, "torch", "cpu", torch.float32, big=False))
         assert cases, f"{operation} has no case in scripts/gpu_parity.py"
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_models_are_patched_with_what_a_backend_has(backend):
+    pytest.importorskip("transformers")
+    from fasttune.ops import _backends
+    from fasttune.patching.families import family_named
+    from fasttune.patching.options import Options
+
+    options = Options(backend=backend, **gpu_parity.LEFT_OUT.get(backend, {}))
+    for name in ("gpt2", "bert"):
+        for rule in family_named(name).replacements:
+            if rule.operation and options.wants(rule.group):
+                assert backend in _backends._implemented[rule.operation], rule.operation

@@ -358,7 +358,7 @@ _attention_chosen_backward = Operator(
     "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens,"
     " Tensor cu_seqlens_q, Tensor positions_q, Tensor? seed, bool causal, float scale, float dropout_p,"
     " bool[] needed) -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_chosen_backward},
+    {"cpp": _cpp_chosen_backward, "triton": _triton.lazy("attention", "chosen_backward")},
     _fake_backward,
     public=3,
 )
@@ -366,7 +366,7 @@ _attention_chosen = Operator(
     "attention_chosen_queries",
     "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor cu_seqlens_q, Tensor positions_q,"
     " int? max_seqlen, Tensor? seed, bool causal, float scale, float dropout_p) -> (Tensor, Tensor)",
-    {"cpp": _cpp_chosen_forward},
+    {"cpp": _cpp_chosen_forward, "triton": _triton.lazy("attention", "chosen_forward")},
     _fake_forward,
     setup_context=_setup_chosen_context,
     backward=_chosen_backward,
@@ -401,7 +401,7 @@ def attention(
     cu_seqlens_q, positions_q: queries of some positions only, against all keys. query is then (R, H, D); cu_seqlens_q
         (N + 1,) holds the first query of each sequence, positions_q int32 or int64 (R,) each query's position in its
         sequence, rising, counted from 0. Such a row is what it would be among all: causal and dropout go by position.
-        "cpp" and "torch" have it.
+        "cuda" does not have it.
     backend: "cpp", "torch" or None to choose. The kernels take head dimensions 16 to 128; None picks torch for others.
 
     Returns a contiguous tensor of query's shape. A query that sees no key gives 0 and passes no gradient. Backward
@@ -441,10 +441,10 @@ def attention(
         assert cu_seqlens is not None
         assert cu_seqlens_q is not None
         args = (query, key, value, cu_seqlens, cu_seqlens_q, positions_q, max_seqlen, seed, causal, scale, dropout_p)
+        if chosen != "cpp" and query.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_positions(positions_q, cu_seqlens_q, cu_seqlens)
         if chosen != "torch":
             return _attention_chosen(*args, chosen)
-        if query.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_positions(positions_q, cu_seqlens_q, cu_seqlens)
         return attention_of_chosen_queries_reference(*args)
     if chosen == "torch":
         return attention_reference(query, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
@@ -530,7 +530,7 @@ def _check_options(
             )
         chosen = "torch"
     if (
-        chosen == "torch"
+        chosen != "cpp"  # which checks in its own time
         and cu_seqlens is not None
         and cu_seqlens.device.type == "cpu"
         and not torch.compiler.is_compiling()

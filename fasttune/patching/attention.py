@@ -28,7 +28,7 @@ from fasttune.patching import plan as plans
 from fasttune.patching.plan import Plan, plan_of
 from fasttune.patching.rows import call_of, in_training, note_on_running_call, why_padding_is_read
 from fasttune.patching.stack import why_not_across
-from fasttune.patching.state import ModulePatch, patch_of, runs_fused
+from fasttune.patching.state import ModulePatch, patch_of, reading_waits, runs_fused
 
 OVER_SDPA, OVER_EAGER = "fasttune", "fasttune_eager"
 MAX_HEAD_DIM = 128  # beyond it the operation has no kernel
@@ -59,7 +59,9 @@ def mask(
     eager = getattr(config, "_attn_implementation", None) == OVER_EAGER and attentions_wanted()
     causal = mask_function is causal_mask_function
     plain = (causal or mask_function is bidirectional_mask_function) and q_length == kv_length and kv_offset == 0
-    if local_size is None and not eager and not torch.compiler.is_compiling():
+    if attention_mask is not None and not _may_read(config, attention_mask):
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    elif local_size is None and not eager and not torch.compiler.is_compiling():
         planned, everything = None, attention_mask is None or bool(attention_mask.all())
         if attention_mask is None and q_length == kv_length:
             one_way = mask_function is not bidirectional_mask_function
@@ -83,6 +85,16 @@ def mask(
         local_size=local_size,
         **kwargs,
     )
+
+
+def _may_read(config: Any, mask: Tensor) -> bool:
+    """Whether a mask's values may decide how the running call is computed. With packing=False not on a GPU: the host
+    would wait for them, and the step could not be captured into a CUDA graph."""
+    call = None if torch.compiler.is_compiling() else call_of(config)
+    if call is None or patch_of(call.model).settings.options.packing or not reading_waits(mask.device):
+        return True
+    note_on_running_call("attention", "packing=False: the mask's values are not read on a GPU")
+    return False
 
 
 def _plan_of_sequences(config: Any, batch: int, length: int, *, causal: bool) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
 from fasttune import ops
+from fasttune.ops._backends import why_not
 from fasttune.ops._random import repeating
 from fasttune.ops.packing import PackedBatch, gather_rows
 from fasttune.patching.lazy_rows import LazyRows, RowSource
@@ -24,7 +25,7 @@ from fasttune.patching.plain import is_sharded
 from fasttune.patching.plan import Plan
 from fasttune.patching.rows import may_trim, note_on_running_call, rows_read, running_call
 from fasttune.patching.stack import is_last, rows_numbered, why_hooked
-from fasttune.patching.state import patch_of, runs_fused
+from fasttune.patching.state import environment_backend, patch_of, runs_fused
 
 WORTH_IT = 0.75  # of the real rows: above it, trimming saves less than picking rows costs
 
@@ -133,6 +134,10 @@ def _why_not(layer: Any, hidden: Tensor, plan: Plan | None, shape: tuple[int, in
     assert call is not None
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    requested = layer._fasttune.backend or environment_backend() or "auto"
+    why = None if requested == "auto" else why_not("attention_chosen_queries", requested, kind, dtype)
+    if why is not None:
+        return why
     if not runs_fused("attention_chosen_queries", kind, dtype, layer._fasttune.backend):
         return f"no fused attention of chosen queries for {str(dtype).removeprefix('torch.')} on {kind}"
     if plan is not None and not plan.across and not plan.packed.is_full:

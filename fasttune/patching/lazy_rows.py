@@ -96,9 +96,13 @@ class MappedRows(RowSource):
 
 
 class LinearRows(RowSource):
-    """Rows of linear(source): logits. Their cross-entropy is computed without them; `note` is told if they are read."""
+    """Rows of linear(source): logits. Their cross-entropy is computed without them; `note` is told if they are read.
+
+    backend: of that loss. select: whether it looks for the rows that carry a label, whose number a GPU has to tell."""
 
     note: Callable[[str], None] | None = None
+    backend: str | None = None
+    select: bool = True
 
     def __init__(self, source: RowSource, weight: Tensor, bias: Tensor | None) -> None:
         self.source, self.weight, self.bias = source, weight, bias
@@ -119,6 +123,7 @@ class LazyRows(Tensor):
     source: RowSource
     ids: Tensor
     everything: bool  # ids are 0, 1, 2, ...: all rows in order
+    rising: bool  # ids rise: rows were left out, none was repeated or moved
     value: Tensor | None
     viewed: LazyRows | None  # the tensor whose view stock would have returned
 
@@ -127,10 +132,10 @@ class LazyRows(Tensor):
         """All rows of `source`, shaped (*lead, features)."""
         lead = tuple(lead)
         ids = torch.arange(prod(lead), device=source.device).view(lead)
-        return LazyRows._make(source, ids, source.dtype, everything=True)
+        return LazyRows._make(source, ids, source.dtype, everything=True, rising=True)
 
     @staticmethod
-    def _make(source: RowSource, ids: Tensor, dtype: torch.dtype, *, everything: bool) -> LazyRows:
+    def _make(source: RowSource, ids: Tensor, dtype: torch.dtype, *, everything: bool, rising: bool) -> LazyRows:
         lazy: LazyRows = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             LazyRows,
             (*ids.shape, source.features),
@@ -138,7 +143,8 @@ class LazyRows(Tensor):
             device=source.device,
             requires_grad=torch.is_grad_enabled(),
         )
-        lazy.source, lazy.ids, lazy.everything, lazy.value, lazy.viewed = source, ids, everything, None, None
+        lazy.source, lazy.ids, lazy.everything, lazy.rising = source, ids, everything, rising
+        lazy.value, lazy.viewed = None, None
         with torch._C.DisableTorchFunctionSubclass():
             if lazy.requires_grad:
                 lazy.register_hook(_PassOn(lazy))
@@ -146,12 +152,13 @@ class LazyRows(Tensor):
 
     def with_source(self, source: RowSource) -> LazyRows:
         """The same rows of a source that is computed from this one's."""
-        return LazyRows._make(source, self.ids, source.dtype, everything=self.everything)
+        return LazyRows._make(source, self.ids, source.dtype, everything=self.everything, rising=self.rising)
 
     def with_ids(self, ids: Tensor, *, in_order: bool) -> LazyRows:
-        """Other rows of the same source; in_order: ids only drops or regroups, without picking."""
+        """Other rows of the same source; in_order: ids drops or regroups some of these, without repeating or moving."""
         everything = self.everything and in_order and ids.numel() == self.ids.numel()
-        lazy = LazyRows._make(self.source, ids, self.dtype, everything=everything)
+        rising = self.rising and in_order
+        lazy = LazyRows._make(self.source, ids, self.dtype, everything=everything, rising=rising)
         lazy.viewed = self
         return lazy
 
@@ -166,9 +173,17 @@ class LazyRows(Tensor):
                     rows = root.value.view(-1, root.shape[-1])
                     self.value = rows.index_select(0, self.ids.reshape(-1)).view(self.shape)
                 else:
-                    rows = self.source.rows(None) if self.everything else pick_rows(self.source, self.ids.reshape(-1))
+                    rows = self.pick(self.ids.reshape(-1))
                     self.value = rows.view(self.shape).to(self.dtype)
         return self.value
+
+    def pick(self, ids: Tensor | None) -> Tensor:
+        """The source's rows at some of this tensor's ids (R,), in the order that they have here; None: all of them."""
+        if ids is None:
+            ids = self.ids.reshape(-1)
+        if self.everything and ids.numel() == self.ids.numel():
+            return self.source.rows(None)
+        return self.source.rows(ids) if self.rising else pick_rows(self.source, ids)
 
     def root(self) -> LazyRows:
         """The tensor that stock would have made this one a view of, after any number of steps; else itself."""
@@ -285,7 +300,10 @@ def _getitem(lazy: LazyRows, index: Any) -> Any:
             return NotImplemented
     elif consumed > lazy.dim() - 1:
         return NotImplemented
-    in_order = all(item is Ellipsis or (type(item) is slice and (item.step or 1) > 0) for item in items)
+    plain = all(item is Ellipsis or type(item) is int or isinstance(item, slice) for item in items)
+    in_order = all((item.step or 1) > 0 for item in items if isinstance(item, slice)) and (
+        plain or (len(items) == 1 and is_mask[0])
+    )
     return lazy.with_ids(lazy.ids[tuple(items)], in_order=in_order)
 
 
@@ -300,13 +318,13 @@ def _view(lazy: LazyRows, *shape: Any) -> Any:
 
 
 def _clone(lazy: LazyRows, **_: Any) -> LazyRows:
-    return LazyRows._make(lazy.source, lazy.ids, lazy.dtype, everything=lazy.everything)
+    return LazyRows._make(lazy.source, lazy.ids, lazy.dtype, everything=lazy.everything, rising=lazy.rising)
 
 
 def _cast(lazy: LazyRows, dtype: torch.dtype) -> LazyRows:
     if dtype == lazy.dtype:
         return lazy
-    return LazyRows._make(lazy.source, lazy.ids, dtype, everything=lazy.everything)
+    return LazyRows._make(lazy.source, lazy.ids, dtype, everything=lazy.everything, rising=lazy.rising)
 
 
 def _to(lazy: LazyRows, *args: Any, **kwargs: Any) -> Any:
@@ -340,11 +358,12 @@ def _cross_entropy(
         return NotImplemented
     logits.check_unchanged()
     with logits.same_autocast():
-        if isinstance(logits.source, TensorRows) and input.everything:
-            hidden, labels, labelled = logits.source.rows(None), target, None
+        hidden_rows = input.with_source(logits.source)
+        if (isinstance(logits.source, TensorRows) and input.everything) or not logits.select:
+            hidden, labels, labelled = hidden_rows.pick(None), target, None
         else:  # compute the rows that carry a label, and no others
             labelled = (target != ignore_index).nonzero().squeeze(1)
-            hidden, labels = pick_rows(logits.source, input.ids[labelled]), target[labelled]
+            hidden, labels = hidden_rows.pick(input.ids[labelled]), target[labelled]
     with _loss_precision(logits, input.dtype, hidden.dtype):
         loss = ops.linear_cross_entropy(
             hidden,
@@ -355,6 +374,7 @@ def _cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             reduction=reduction,
+            backend=logits.backend,
         )
     if reduction == "none" and labelled is not None:
         loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)

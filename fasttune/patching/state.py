@@ -44,6 +44,11 @@ class ModulePatch:
     def __post_init__(self) -> None:
         self.backend = self.settings.options.requested_backend
 
+    @property
+    def selects_rows(self) -> bool:
+        """Whether a head computes only the rows that somebody reads."""
+        return bool(self.settings.options.trim)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ModulePatch:
         # A head that is copied alone (PEFT's modules_to_save does that) stays inside the modules it was in.
         twin = copy.copy(self)
@@ -58,6 +63,11 @@ class ModulePatch:
     def aside(self, why: str) -> None:
         """Notes that this call took the stock path, for the report."""
         self.settings.aside(self.does, why)
+
+
+def reading_waits(device: torch.device) -> bool:
+    """Whether looking at a tensor's values makes the host wait for the device."""
+    return device.type != "cpu"
 
 
 def environment_backend() -> str | None:

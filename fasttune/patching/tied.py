@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fasttune.ops.tied import tied_views
 from fasttune.patching import rows
+from fasttune.patching.state import reading_waits
 
 
 def lookup_view(table: nn.Module) -> Tensor | None:
@@ -21,6 +22,8 @@ def lookup_view(table: nn.Module) -> Tensor | None:
     if call is None or type(weight) is not nn.Parameter or not weight.requires_grad:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    if reading_waits(weight.device):  # for the number of rows that a sparse gradient holds
         return None
     if call.tied is None:
         output = getattr(call.model, "get_output_embeddings", lambda: None)()

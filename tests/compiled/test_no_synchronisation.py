@@ -85,6 +85,12 @@ def packed_attention():
     return ops.attention(query, query, query, cu_seqlens=offsets, max_seqlen=64)
 
 
+def attention_of_chosen_queries():
+    offsets, positions = (gpu_cases.empty(size, dtype=torch.int32) for size in (3, 20))
+    chosen = {"cu_seqlens": offsets, "cu_seqlens_q": offsets, "positions_q": positions}
+    return ops.attention(leaf(20, 12, 64), leaf(128, 12, 64), leaf(128, 12, 64), dropout_p=0.1, **chosen)
+
+
 def norms():
     x, weight, bias = leaf(2, 64, 768), leaf(768), leaf(768)
     x = ops.dropout_add_layer_norm(x, x, weight, bias, dropout_p=0.1)
@@ -114,7 +120,17 @@ def packing():
     return ops.unpack(ops.pack(leaf(2, 64, 768), batch)[0], batch)
 
 
-STEPS = [attention, packed_attention, norms, elementwise, embeddings, loss, linear_loss, packing]
+STEPS = [
+    attention,
+    packed_attention,
+    attention_of_chosen_queries,
+    norms,
+    elementwise,
+    embeddings,
+    loss,
+    linear_loss,
+    packing,
+]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)

@@ -32,6 +32,16 @@ def attention_step(batch, tokens, packed=False):
     attention.backward(out, query, query, query, out, lse, offsets, *options, [True] * 3)
 
 
+def attention_of_chosen_queries(batch, tokens):
+    chosen = max(1, batch * tokens // 3)
+    query, key = (empty(rows, 12, 64, dtype=DTYPE) for rows in (chosen, batch * tokens))
+    offsets, positions = empty(batch + 1, dtype=torch.int32), empty(chosen, dtype=torch.int32)
+    options = (new_seed(), True, 0.125, 0.1)
+    out, lse = attention.chosen_forward(query, key, key, offsets, offsets, positions, None, *options)
+    tensors = (query, key, key, out, lse, offsets, offsets, positions)
+    attention.chosen_backward(out, *tensors, *options, [True] * 3)
+
+
 def attention_of_views(batch, tokens):
     qkv = empty(batch, tokens, 3, 12, 64, dtype=DTYPE)
     out, lse = attention.packed_qkv_forward(qkv, None, None, None, False, 0.125, 0.0)
@@ -81,6 +91,7 @@ def packing_both_ways(batch, tokens):
 STEPS = [
     attention_step,
     lambda batch, tokens: attention_step(batch, tokens, packed=True),
+    attention_of_chosen_queries,
     attention_of_views,
     norms,
     elementwise,

@@ -1,9 +1,8 @@
-"""The Triton dropout: the masks of docs/dropout.md bit for bit, and the reference's values and gradients."""
+"""The Triton dropout: the masks of docs/dropout.md bit for bit, those of C++, and the bytes it moves."""
 
 import pytest
 import torch
 from interpreter.memory import traffic
-from oracle import DTYPES, assert_same_math
 
 from fasttune import ops
 from fasttune.ops._reference.philox import elementwise_keep_mask, keep_scale
@@ -24,22 +23,8 @@ def test_mask_is_the_cpp_one():
     assert torch.equal(*(_dropout(x, x, None, seed, 0.1, backend) for backend in ("cpp", "triton")))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 5, 131), (0, 5), (3, 0)])
-def test_forward_and_backward_match_the_reference(dtype, shape):
-    def run_on(backend):
-        def function(x, residual):
-            torch.manual_seed(1)
-            return ops.dropout(x, dropout_p=0.25, residual=residual, backend=backend)
-
-        return function
-
-    inputs = [torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)]
-    assert_same_math(run_on("triton"), run_on("torch"), inputs, ["x", "residual"])
-
-
-def test_bytes_moved_are_the_minimum():
+def test_bytes_moved_are_the_minimum(moves_at_most):
     x = torch.randn(64, 768).bfloat16()
     with traffic() as moved:
         _dropout(x, x, None, torch.tensor([1]), 0.1, "triton")
-    assert moved.total() <= 1.05 * 3 * x.nbytes
+    moves_at_most("dropout", moved, 3 * x.nbytes)

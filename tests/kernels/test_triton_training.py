@@ -41,7 +41,7 @@ def train(head):
     gradients blows the rounding of those that are 0 (a key's bias) up to whole steps."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    model = fasttune.patch(build(head, dropout=0.1), trim=False)
+    model = fasttune.patch(build(head, dropout=0.1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses, first = [], [parameter.detach().clone() for parameter in model.parameters()]
     for step in range(3):
@@ -51,6 +51,8 @@ def train(head):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
+    aside = {what for what, _ in model._fasttune.settings.asides}
+    assert not aside, f"stepped aside: {aside}"
     return torch.stack(losses), first, [parameter.detach() for parameter in model.parameters()]
 
 

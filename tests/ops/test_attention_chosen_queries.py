@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from fused import FUSED, either, needs_fused, reference_only
 from oracle import DTYPES, assert_same_math
 
 from fasttune import ops
 from fasttune.ops.attention import _attention_chosen
 
 NAMES = ["query", "key", "value"]
-needs_cpp = pytest.mark.skipif("cpp" not in ops.available_backends("attention"), reason="no compiled library")
 
 # Lengths beside the positions chosen of each: none at all, the first (what a classifier reads), the last, every one,
 # a run (the answer after a prompt), scattered over several blocks of 64 and both segments of 512 keys.
@@ -40,7 +40,7 @@ def tensors(lengths, heads=2, head_dim=64, dtype=torch.float32):
     return [torch.randn(sum(lengths), heads, head_dim).to(dtype) for _ in range(3)]
 
 
-def chosen(case, backend="cpp", **options):
+def chosen(case, backend=FUSED, **options):
     cu, cu_q, positions, flat = layout(*CASES[case])
 
     def function(query, key, value):
@@ -51,7 +51,7 @@ def chosen(case, backend="cpp", **options):
     return function
 
 
-def among_all(case, backend="cpp", **options):
+def among_all(case, backend=FUSED, **options):
     cu, _, _, flat = layout(*CASES[case])
 
     def function(query, key, value):
@@ -69,31 +69,37 @@ def run(function, inputs):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout_p", either([0.0, 0.3], [0.3]))
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_have_the_bits_that_they_have_among_all(isa, case, causal, dropout_p):
-    """Keys and values sum over other blocks of queries: their gradients may differ in the last bits."""
+    """Keys and values sum over other blocks of queries: their gradients may differ in the last bits. In Triton's
+    interpreter the other ones too: numpy's product of a row depends on where in the tile it lies."""
     inputs = tensors(CASES[case][0])
     options = {"causal": causal, "dropout_p": dropout_p}
     ours, all_rows = (run(function(case, **options), inputs) for function in (chosen, among_all))
-    assert torch.equal(ours[0], all_rows[0])
-    assert torch.equal(ours[1], all_rows[1])
-    for of_few, of_all in zip(ours[2:], all_rows[2:], strict=True):
+    exact = either(2, 0)
+    assert all(map(torch.equal, ours[:exact], all_rows[:exact]))
+    for of_few, of_all in zip(ours[exact:], all_rows[exact:], strict=True):
         assert torch.allclose(of_few, of_all, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [16, 40, 128])
+@pytest.mark.parametrize("head_dim", either([16, 40, 128], [40]))
 @pytest.mark.parametrize("causal", [False, True])
 def test_is_as_exact_as_among_all(isa, dtype, head_dim, causal):
     """The truth is the reference's, in float64; the yardstick the kernel for all rows, which other tests hold to
     stock's accuracy. A reference of few rows is none: its error is small by luck now and then."""
-    for case in ("an answer", "scattered"):
+
+    def yardstick(query, key, value):
+        return among_all(case, "torch" if query.dtype == torch.float64 else FUSED, **options)(query, key, value)
+
+    for case in either(("an answer", "scattered"), ("an answer",)):
         inputs = tensors(CASES[case][0], head_dim=head_dim, dtype=dtype)
         options = {"causal": causal, "dropout_p": 0.2}
-        assert_same_math(chosen(case, **options), among_all(case, None, **options), inputs, NAMES)
+        assert_same_math(chosen(case, **options), yardstick, inputs, NAMES)
 
 
+@reference_only
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_takes_rows_of_the_whole(case, causal):
@@ -105,13 +111,13 @@ def test_reference_takes_rows_of_the_whole(case, causal):
         assert torch.allclose(ours, all_rows, rtol=1e-12, atol=1e-12)
 
 
-@needs_cpp
+@needs_fused
 def test_opcheck():
     cu, cu_q, positions, flat = layout(*CASES["none, one, all"])
     query, key, value = (x.requires_grad_() for x in tensors(CASES["none, one, all"][0], head_dim=16))
     rows = query.detach().index_select(0, flat).requires_grad_()
     seed = torch.tensor([5])
-    args = (rows, key, value, cu, cu_q, positions, None, seed, True, 0.25, 0.1, "cpp")
+    args = (rows, key, value, cu, cu_q, positions, None, seed, True, 0.25, 0.1, FUSED)
     torch.library.opcheck(_attention_chosen._operator, args)
 
 
@@ -136,5 +142,5 @@ def test_bad_input_is_named():
         call(positions_q=positions[:2])
     with pytest.raises(TypeError, match=r"positions_q is .*expected int32 or int64"):
         call(positions_q=positions.float())
-    with pytest.raises(RuntimeError, match=r"attention_chosen_queries has no triton implementation"):
-        call(backend="triton")
+    with pytest.raises(RuntimeError, match=r"attention_chosen_queries has no cuda implementation"):
+        call(backend="cuda")

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from fused import BACKENDS, FUSED, cpp_only, either, reference_only
 from hypothesis import given, settings
 from oracle import DTYPES, SWEEP_SLACK, assert_parity, assert_same_math
 from torch.library import opcheck
@@ -12,7 +13,7 @@ from fasttune import ops
 from fasttune.ops.cross_entropy import _cross_entropy, _cross_entropy_backward
 
 # 2: a binary head; 7 and 1000: less than a block, no multiple of the vector width; 30522 and 50257: BERT's, GPT-2's.
-CLASSES = (2, 7, 1000, 30522, 50257)
+CLASSES = either((2, 7, 1000, 30522, 50257), (2, 7, 1000, 30522))
 OPTIONS = [
     {},
     {"reduction": "sum"},
@@ -43,7 +44,7 @@ def pair(target, options, classes):
     weight = torch.rand(classes) + 0.1 if options.pop("weighted", False) else None
 
     def fused(logits):
-        return ops.cross_entropy(logits, target, weight=weight, backend="cpp", **options)
+        return ops.cross_entropy(logits, target, weight=weight, backend=FUSED, **options)
 
     def stock(logits):
         return F.cross_entropy(logits, target, weight=None if weight is None else weight.to(logits.dtype), **options)
@@ -69,7 +70,7 @@ def test_matches_torch_in_every_dtype(isa, dtype, rows):
 
 
 # Few elements make stock right by luck, which no budget derived from its error can allow for: at least 4 x 20.
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=either(40, 12), deadline=None, derandomize=True)
 @given(
     rows=st.integers(4, 9),
     classes=st.integers(20, 2100),
@@ -154,6 +155,7 @@ def test_autocast_gives_a_float32_loss():
     torch.testing.assert_close(ours, stock)
 
 
+@reference_only
 def test_torch_backend_in_float64():
     target = torch.tensor([1, -100, 4])
     weight = torch.rand(5, dtype=torch.float64)
@@ -164,13 +166,14 @@ def test_torch_backend_in_float64():
         torch.testing.assert_close(ours, stock)
 
 
-def test_torch_backend_matches_torch():
+def test_few_classes_with_every_option():
     for options in OPTIONS:
         fused, stock = pair(labels(6, 40), options, 40)
         logits = torch.randn(6, 40)
         assert_parity(fused(logits), stock(logits), stock(logits.double()))
 
 
+@cpp_only
 def test_threads_do_not_change_a_bit(isa):
     logits, target = torch.randn(67, 3001, requires_grad=True), labels(67, 3001)
     results = []
@@ -186,14 +189,14 @@ def test_opcheck():
     target = torch.tensor([3, -100, 0])
     for logits in (torch.randn(3, 70), torch.randn(3, 70, requires_grad=True)):
         for reduction in (0, 1, 2):
-            opcheck(torch.ops.fasttune.cross_entropy.default, (logits, target, None, -100, 0.1, reduction, "cpp"))
+            opcheck(torch.ops.fasttune.cross_entropy.default, (logits, target, None, -100, 0.1, reduction, FUSED))
     arguments = (torch.tensor(1.0), torch.randn(3, 70), target, torch.rand(70), torch.rand(3, 2), torch.tensor(2.0))
-    opcheck(torch.ops.fasttune.cross_entropy_backward.default, (*arguments, -100, 0.1, 1, "cpp"))
+    opcheck(torch.ops.fasttune.cross_entropy_backward.default, (*arguments, -100, 0.1, 1, FUSED))
     assert _cross_entropy.public == 1
     assert _cross_entropy_backward.public == 1
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_as_one_graph(backend):
     logits, target = torch.randn(2, 4, 70, requires_grad=True), torch.randint(0, 70, (2, 4))
     for reduction in ("mean", "none"):
@@ -207,7 +210,7 @@ def test_compiles_as_one_graph(backend):
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_input_is_named(backend):
     logits, target = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 
@@ -218,8 +221,9 @@ def test_bad_input_is_named(backend):
     wrong[1, 2] = 5
     with pytest.raises(IndexError, match=r"target at position \(1, 2\) is 5; expected a value from 0 to 4 or -100"):
         call(target=wrong)
-    with pytest.raises(IndexError, match=r"target at position 4 is -1;"):
-        call(torch.randn(6, 5), torch.tensor([0, 0, 0, 0, -1, 9]))
+    if backend != "triton":  # a GPU's tensors are not read back: there the loss is NaN
+        with pytest.raises(IndexError, match=r"target at position 4 is -1;"):
+            call(torch.randn(6, 5), torch.tensor([0, 0, 0, 0, -1, 9]))
     with pytest.raises(TypeError, match="target is float32 .*expected integers"):
         call(target=target.float())
     with pytest.raises(ValueError, match=r"target is int64 of shape \(2,\) on cpu; expected shape \(2, 3\)"):

@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from fused import FUSED, INTERPRETED, cpp_only, either, reference_only
 from hypothesis import given, settings
 from oracle import DTYPES, SWEEP_SLACK, assert_same_math
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ def make(shape=(3, 5), columns=40, dtype=torch.float32, words=17):
     return ids, [*tables, *norm]
 
 
-def fused(ids, backend="cpp", **options):
+def fused(ids, backend=FUSED, **options):
     def function(word, token_type, position, norm_weight, norm_bias):
         return ops.embedding(
             ids[0],
@@ -49,7 +50,7 @@ def stock(ids, padding_idx=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 # Columns around the vector widths (4, 8, 16) and the block of 128 columns.
-@pytest.mark.parametrize("columns", [7, 16, 100, 128, 131, 300])
+@pytest.mark.parametrize("columns", either([7, 16, 100, 128, 131, 300], [7, 128, 300]))
 def test_bert_embeddings_match_stock(isa, dtype, columns):
     ids, tensors = make(columns=columns, dtype=dtype)
     assert_same_math(fused(ids), stock(ids), tensors, NAMES)
@@ -62,7 +63,7 @@ def test_padding_gets_no_gradient(padding_idx):
     assert_same_math(fused(ids, padding_idx=padding_idx), stock(ids, padding_idx), tensors, NAMES)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=either(40, 15), deadline=None)
 @given(rows=st.integers(0, 40), words=st.integers(1, 50), columns=st.integers(1, 140), seed=st.integers(0, 2**31))
 def test_lookup_alone_sums_repeated_rows(rows, words, columns, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +78,7 @@ def test_sparse_gradient_holds_the_rows_that_occur():
     ids, weight = torch.tensor([[3, 1, 3], [0, 3, 7]]), torch.randn(9, 6, requires_grad=True)
     upstream = torch.randn(2, 3, 6)
     for padding_idx in (None, 3):
-        out = ops.embedding(ids, weight, sparse_grad=True, padding_idx=padding_idx, backend="cpp")
+        out = ops.embedding(ids, weight, sparse_grad=True, padding_idx=padding_idx, backend=FUSED)
         (grad,) = torch.autograd.grad(out, weight, upstream)
         (dense,) = torch.autograd.grad(F.embedding(ids, weight, padding_idx=padding_idx), weight, upstream)
         assert grad.is_sparse
@@ -104,6 +105,7 @@ def test_frozen_tables_get_no_gradient_and_position_may_be_missing():
     assert token_type.grad is None
 
 
+@cpp_only
 def test_bits_do_not_depend_on_threads():
     ids, weight = torch.randint(50, (2000,)), torch.randn(50, 300, requires_grad=True)
     upstream = torch.randn(2000, 300)
@@ -120,10 +122,10 @@ def test_opcheck_and_one_graph():
     positions = ids[2].expand(3, 5)
     torch.library.opcheck(
         torch.ops.fasttune.embedding_sum.default,
-        (ids[0], word, ids[1], token_type, positions, position, 2, False, "cpp"),
+        (ids[0], word, ids[1], token_type, positions, position, 2, False, FUSED),
     )
     torch.library.opcheck(
-        torch.ops.fasttune.embedding_gradient.default, (torch.randn(3, 5, 12), ids[0], 17, None, "cpp")
+        torch.ops.fasttune.embedding_gradient.default, (torch.randn(3, 5, 12), ids[0], 17, None, FUSED)
     )
     compiled = torch.compile(lambda w: ops.embedding(ids[0], w), fullgraph=True, backend="aot_eager")
     (grad,) = torch.autograd.grad(compiled(word).sum(), word)
@@ -131,6 +133,7 @@ def test_opcheck_and_one_graph():
     assert torch.equal(grad, expected)
 
 
+@reference_only
 def test_gradcheck_of_the_reference():
     ids, tensors = make(columns=3, dtype=torch.float64)
     inputs = [tensor.requires_grad_() for tensor in tensors]
@@ -139,10 +142,11 @@ def test_gradcheck_of_the_reference():
 
 def test_bad_input_is_named():
     ids, weight = torch.tensor([[0, 1], [2, 9]]), torch.randn(5, 4)
-    with pytest.raises(IndexError, match=r"input_ids at position \(1, 1\) is 9; expected a value from 0 to 4"):
-        ops.embedding(ids, weight)
-    with pytest.raises(IndexError, match=r"token_type_ids at position \(0, 0\) is -1"):
-        ops.embedding(ids % 5, weight, token_type_ids=ids - 1, token_type_weight=weight)
+    if not INTERPRETED:  # a GPU's tensors are not read back: there the row is NaN
+        with pytest.raises(IndexError, match=r"input_ids at position \(1, 1\) is 9; expected a value from 0 to 4"):
+            ops.embedding(ids, weight)
+        with pytest.raises(IndexError, match=r"token_type_ids at position \(0, 0\) is -1"):
+            ops.embedding(ids % 5, weight, token_type_ids=ids - 1, token_type_weight=weight)
     with pytest.raises(TypeError, match="input_ids is float32"):
         ops.embedding(ids.float(), weight)
     with pytest.raises(ValueError, match="position_ids came without position_weight"):

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from fused import FUSED, cpp_only, either, needs_fused, reference_only
 from hypothesis import given, settings
 from oracle import DTYPES, SWEEP_SLACK, assert_parity, assert_same_math, run
 
@@ -11,7 +12,7 @@ from fasttune import ops
 from fasttune.ops._reference.philox import elementwise_keep_mask, keep_scale
 
 # 1 and 7: less than a vector; 16: one; 100, 1000: ragged ends; 768, 1024, 3072: real models; 5000: long and ragged.
-COLUMNS = (1, 7, 16, 100, 768, 1000, 1024, 3072, 5000)
+COLUMNS = either((1, 7, 16, 100, 768, 1000, 1024, 3072, 5000), (1, 7, 100, 768, 5000))
 # Fixed: where a tensor has one or three elements, stock's error is a sample of that size and may be 0 by luck.
 SEED = 2
 NAMES = ["x", "residual", "weight", "bias"]
@@ -40,7 +41,12 @@ def _inputs(rows, columns, dtype, parameter_dtype=None, offset=0.0):
 
 
 def _shapes():
-    return [(rows, columns) for columns in COLUMNS for rows in ((0, 1, 3, 257) if columns <= 100 else (3,))]
+    return [
+        (rows, columns)
+        for columns in COLUMNS
+        for rows in ((0, 1, 3, 257) if columns <= 100 else (3,))
+        if rows != 257 or columns == either(columns, 100)
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +54,7 @@ def test_layer_norm_matches_the_reference(isa, dtype):
     for rows, columns in _shapes():
         torch.manual_seed(SEED)
         x, _, weight, bias = _inputs(rows, columns, dtype)
-        assert_same_math(_norm("cpp"), _norm("torch"), [x, weight, bias], ["x", "weight", "bias"])
+        assert_same_math(_norm(FUSED), _norm("torch"), [x, weight, bias], ["x", "weight", "bias"])
 
 
 @pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
@@ -57,7 +63,7 @@ def test_fused_matches_the_reference(isa, dtype, prenorm):
     for rows, columns in _shapes():
         torch.manual_seed(SEED)
         options = {"dropout_p": 0.25, "prenorm": prenorm}
-        assert_same_math(_fused("cpp", **options), _fused("torch", **options), _inputs(rows, columns, dtype), NAMES)
+        assert_same_math(_fused(FUSED, **options), _fused("torch", **options), _inputs(rows, columns, dtype), NAMES)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
@@ -69,27 +75,27 @@ def test_fp32_parameters_beside_16_bit_tensors(isa, x_dtype, residual_is_wide):
         residual = residual.float() + 1e-4
     for prenorm in (False, True):
         options = {"dropout_p": 0.25, "prenorm": prenorm}
-        ours, stock, names = _fused("cpp", **options), _fused("torch", **options), NAMES
+        ours, stock, names = _fused(FUSED, **options), _fused("torch", **options), NAMES
         assert_same_math(ours, stock, [x, residual, weight, bias], names)
-    assert_same_math(_norm("cpp"), _norm("torch"), [x, weight, bias], ["x", "weight", "bias"])
+    assert_same_math(_norm(FUSED), _norm("torch"), [x, weight, bias], ["x", "weight", "bias"])
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e4])
 def test_rows_far_from_zero_lose_nothing(isa, offset):
     for columns in (100, 768, 5000):
         x, _, weight, bias = _inputs(64, columns, torch.float32)
-        assert_same_math(_norm("cpp"), _norm("torch"), [x + offset, weight, bias], ["x", "weight", "bias"])
+        assert_same_math(_norm(FUSED), _norm("torch"), [x + offset, weight, bias], ["x", "weight", "bias"])
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-12])
 def test_rows_without_variance(isa, eps):
     x = torch.tensor([[0.0], [3.7], [-1e4]]).expand(3, 300).clone()
-    out, grad = run(_norm("cpp", eps=eps), [x], torch.randn(3, 300))
+    out, grad = run(_norm(FUSED, eps=eps), [x], torch.randn(3, 300))
     exact_out, exact_grad = run(_norm("torch", eps=eps), [x.double()], torch.randn(3, 300).double())
     assert torch.equal(out, exact_out.float())
     assert torch.isfinite(grad).all()
     dout = torch.randn(3, 300)
-    (_, grad), (_, exact_grad) = run(_norm("cpp", eps=eps), [x], dout), run(_norm("torch", eps=eps), [x.double()], dout)
+    (_, grad), (_, exact_grad) = run(_norm(FUSED, eps=eps), [x], dout), run(_norm("torch", eps=eps), [x.double()], dout)
     (_, stock_grad) = run(_norm("torch", eps=eps), [x], dout)
     assert_parity(grad, stock_grad, exact_grad, "grad x")
 
@@ -104,7 +110,7 @@ def test_mask_is_the_generators_bit_for_bit(isa, dtype):
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
     torch.manual_seed(3)
     _, total = ops.dropout_add_layer_norm(
-        x, residual, None, None, dropout_p=p, prenorm=True, row_ids=row_ids, backend="cpp"
+        x, residual, None, None, dropout_p=p, prenorm=True, row_ids=row_ids, backend=FUSED
     )
     mask = elementwise_keep_mask(row_ids, columns, seed, p)
     expected = mask * torch.tensor(keep_scale(p)).to(dtype)
@@ -128,24 +134,25 @@ def test_gradients_of_either_result_alone(isa):
         )
 
     for d_out, d_sum in ((dout, None), (None, dsum), (dout, dsum)):
-        ours, reference = gradients("cpp", d_out, d_sum), gradients("torch", d_out, d_sum)
+        ours, reference = gradients(FUSED, d_out, d_sum), gradients("torch", d_out, d_sum)
         for mine, stock in zip(ours, reference, strict=True):
             assert (mine is None) == (stock is None)
             if mine is not None:
                 torch.testing.assert_close(mine, stock)
 
 
+@cpp_only  # of Triton see tests/kernels
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_gradients_that_nobody_needs_are_not_computed(isa, dropout_p, monkeypatch):
     tensors, dout = _inputs(5, 70, torch.float32), torch.randn(5, 70)
-    every = run(_fused("cpp", dropout_p=dropout_p), tensors, dout)[1:]
+    every = run(_fused(FUSED, dropout_p=dropout_p), tensors, dout)[1:]
     wanted = []
     library = ops.layer_norm.__globals__["_cpp"].library
     backward = library.layer_norm_backward
     monkeypatch.setattr(library, "layer_norm_backward", lambda *args: wanted.append(args[9:13]) or backward(*args))
     for i in range(4):
         inputs = [tensor.clone().requires_grad_(i == j) for j, tensor in enumerate(tensors)]
-        (grad,) = torch.autograd.grad(_fused("cpp", dropout_p=dropout_p)(*inputs), inputs[i], dout)
+        (grad,) = torch.autograd.grad(_fused(FUSED, dropout_p=dropout_p)(*inputs), inputs[i], dout)
         assert torch.equal(grad, every[i])
         assert sum(address != 0 for address in wanted[-1]) == 1
 
@@ -168,7 +175,8 @@ def test_dropout_of_everything_leaves_the_residual(isa):
     assert not torch.autograd.grad(out.sum(), x)[0].any()
 
 
-@settings(max_examples=40, deadline=None)
+@needs_fused
+@settings(max_examples=either(40, 15), deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), max_size=2),
     columns=st.integers(20, 300),
@@ -180,24 +188,23 @@ def test_dropout_of_everything_leaves_the_residual(isa):
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_strides(shape, columns, step, dtype, prenorm, dropout_p, parameters, seed):
-    if "cpp" not in ops.available_backends("layer_norm"):
-        pytest.skip("no compiled library")
     torch.manual_seed(seed)
     x, residual = (torch.randn(columns * step, 2, *shape).to(dtype).movedim(0, -1)[..., ::step] for _ in range(2))
     weight, bias = (torch.randn(columns * step).to(dtype)[::step] for _ in range(2))
     inputs = [x, residual, weight, bias][: 2 + parameters]
     options = {"dropout_p": dropout_p, "prenorm": prenorm}
     assert_same_math(
-        _fused("cpp", seed, **options),
+        _fused(FUSED, seed, **options),
         _fused("torch", seed, **options),
         inputs,
         NAMES[: 2 + parameters],
         slack=SWEEP_SLACK,
     )
     inputs.pop(1)
-    assert_same_math(_norm("cpp"), _norm("torch"), inputs, ["x", "weight", "bias"][: 1 + parameters], slack=SWEEP_SLACK)
+    assert_same_math(_norm(FUSED), _norm("torch"), inputs, ["x", "weight", "bias"][: 1 + parameters], slack=SWEEP_SLACK)
 
 
+@cpp_only
 def test_bits_do_not_depend_on_the_number_of_threads():
     inputs = _inputs(1031, 257, torch.float32)
     dout = torch.randn(2 * 1031, 257)
@@ -209,12 +216,14 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         assert all(map(torch.equal, first, other))
 
 
+@reference_only
 def test_gradcheck_of_the_reference():
     inputs = tuple(tensor.requires_grad_() for tensor in _inputs(3, 5, torch.float64))
     assert torch.autograd.gradcheck(_fused("torch", dropout_p=0.4, prenorm=True), inputs)
     assert torch.autograd.gradcheck(_norm("torch"), inputs[1:])
 
 
+@reference_only
 def test_reference_is_torchs_layer_norm():
     x, residual, weight, bias = _inputs(6, 33, torch.float32)
     assert torch.equal(ops.layer_norm(x, weight, bias, backend="torch"), F.layer_norm(x, (33,), weight, bias))
@@ -228,11 +237,11 @@ def test_opcheck():
     operators = torch.ops.fasttune
     for grad in (False, True):
         tensors = [tensor.clone().requires_grad_(grad) for tensor in (x, residual, weight, bias)]
-        torch.library.opcheck(operators.layer_norm.default, (tensors[0], *tensors[2:], 1e-5, "cpp"))
+        torch.library.opcheck(operators.layer_norm.default, (tensors[0], *tensors[2:], 1e-5, FUSED))
         for keep_sum in (False, True) if not grad else (True,):
-            arguments = (*tensors, torch.arange(3), seed, 0.2, 1e-5, keep_sum, "cpp")
+            arguments = (*tensors, torch.arange(3), seed, 0.2, 1e-5, keep_sum, FUSED)
             torch.library.opcheck(operators.dropout_add_layer_norm.default, arguments)
-    flags = (torch.float32, True, False, True, False, "cpp")
+    flags = (torch.float32, True, False, True, False, FUSED)
     arguments = (x, None, residual, weight, bias, statistics, None, seed, 0.2, *flags)
     torch.library.opcheck(operators.layer_norm_backward.default, arguments)
 
@@ -289,5 +298,5 @@ def test_bad_input_is_named():
         ops.dropout_add_layer_norm(x, x, weight, None, dropout_p=-0.1)
     with pytest.raises(ValueError, match=r"row_ids is int64 of shape \(3,\) on cpu; expected shape \(2,\)"):
         ops.dropout_add_layer_norm(x, x, weight, None, dropout_p=0.1, row_ids=torch.arange(3))
-    with pytest.raises(RuntimeError, match=r"'cpp' was asked for layer_norm, but .*float64"):
-        ops.layer_norm(x.double(), None, None, backend="cpp")
+    with pytest.raises(RuntimeError, match=rf"'{FUSED}' was asked for layer_norm, but .*float64"):
+        ops.layer_norm(x.double(), None, None, backend=FUSED)

@@ -1,5 +1,6 @@
 """ops.linear_cross_entropy against linear + cross_entropy: values, gradients, options, autograd's corners, memory."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from fused import BACKENDS, FUSED, INTERPRETED, cpp_only, either, reference_only
 from hypothesis import given, settings
 from oracle import DTYPES, SWEEP_SLACK, assert_same_math
 from torch.library import opcheck
@@ -40,6 +42,9 @@ CHUNK = 4
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of few rows, so that small problems take several."""
+    if INTERPRETED:
+        kernel = importlib.import_module("fasttune.kernels.linear_cross_entropy")
+        monkeypatch.setattr(kernel, "_chunk_rows", lambda rows, row_bytes: 15)
     monkeypatch.setattr(implementation, "ENOUGH_ROWS", CHUNK)
     monkeypatch.setattr(implementation, "ENOUGH_BYTES", 1)
 
@@ -54,7 +59,7 @@ def problem(rows, features, classes, ignored=0.3, dtype=torch.float32):
     return *(tensor.to(dtype) for tensor in tensors), target
 
 
-def pair(target, options, classes, backend="cpp", stock_rows=None):
+def pair(target, options, classes, backend=FUSED, stock_rows=None):
     """stock_rows: stock multiplies so many rows at a time. The vendor's product of a few rows adds up in sequence where
     a larger one goes by blocks: ten times the error on a CPU with AVX2, so both sides need the same number of rows."""
     options = dict(options)
@@ -94,17 +99,20 @@ def test_matches_torch(isa, small_chunks, options, bias):
 
 
 # 2: a binary head; 30522 and 50257: BERT's and GPT-2's, no multiples of 8, in one chunk and in several.
-@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (33, 2), (5, 30522), (1, 50257), (300, 50257)])
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    either([(1, 2), (33, 2), (5, 30522), (1, 50257), (300, 50257)], [(1, 2), (33, 2), (5, 30522), (1, 50257)]),
+)
 def test_vocabularies(rows, classes):
     # Wide enough that the largest error of a row's gradient is typical: of 16 numbers it was now and then a third.
     x, weight, _, target = problem(rows, 192, classes, ignored=0.05)
     assert_same_math(*pair(target, {}, classes), [x, weight], ["input", "weight"])
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["float32 products", "native products"])
+@pytest.mark.parametrize("native", either([False, True], [True]), ids=["float32", "native"][either(0, 1) :])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_matches_torch_in_low_precision(isa, small_chunks, monkeypatch, dtype, native):
-    """Both ways to multiply: in float32, converting the weight by blocks, and in bfloat16 where it is native."""
+    """Both ways of the C++ library: in float32, converting the weight by blocks, and in bfloat16 where it is native."""
     monkeypatch.setattr(implementation, "_native_bfloat16", lambda: native)
     monkeypatch.setattr(implementation, "WEIGHT_BLOCK_BYTES", 24 * 4 * 100)
     *tensors, target = problem(19, 24, 259, dtype=dtype)
@@ -112,6 +120,7 @@ def test_matches_torch_in_low_precision(isa, small_chunks, monkeypatch, dtype, n
         assert_same_math(*pair(target, options, 259), tensors, ["input", "weight", "bias"])
 
 
+@cpp_only
 def test_weight_gradient_adds_up_in_float32(small_chunks, monkeypatch):
     """300 chunks of bfloat16 add up as one product would: a bfloat16 accumulator would be off by whole percents."""
     x, weight, _, target = problem(1200, 8, 16, ignored=0.0, dtype=torch.bfloat16)
@@ -136,7 +145,7 @@ def test_float32_weights_under_low_precision_inputs(small_chunks, monkeypatch):
 
 
 # From 8 rows and 16 features on, the largest error says something: with fewer, stock is often right by luck.
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=either(30, 12), deadline=None, derandomize=True)
 @given(
     rows=st.integers(8, 40),
     features=st.integers(16, 40),
@@ -165,7 +174,7 @@ def test_leading_dimensions_strides_and_integer_types():
     torch.testing.assert_close(ops.linear_cross_entropy(x, columns, target, linear_bias=bias), expected)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_row_counts(backend):
     x, weight, bias, _ = problem(3, 6, 11)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
@@ -246,6 +255,7 @@ def test_frozen_parameters_cost_no_product(monkeypatch, needs):
     assert len(products) == 1
 
 
+@cpp_only
 def test_hopeless_classes_leave_no_subnormal_numbers():
     """They would slow the products down by an order of magnitude and more."""
     x, weight, bias, target = problem(9, 8, 4000)
@@ -256,6 +266,7 @@ def test_hopeless_classes_leave_no_subnormal_numbers():
         assert ((grad == 0) | (grad.abs() >= torch.finfo(torch.float32).tiny)).all()
 
 
+@cpp_only
 def test_ignored_rows_are_dropped_before_the_product():
     x, weight, _, target = problem(50, 8, 40, ignored=0.8)
     x[target == -100] = torch.nan
@@ -304,6 +315,7 @@ def test_activation_checkpointing():
     assert torch.equal(torch.autograd.grad(loss, weight)[0], expected)
 
 
+@reference_only
 def test_torch_backend_in_float64():
     x, weight, bias, target = (
         tensor.double() if tensor.is_floating_point() else tensor for tensor in problem(4, 3, 5, 0.3)
@@ -315,6 +327,7 @@ def test_torch_backend_in_float64():
         torch.testing.assert_close(fused(*leaves), stock(*leaves))
 
 
+@cpp_only
 def test_threads_do_not_change_a_bit(isa, small_chunks):
     """The kernel's part: sums and bias gradients. (Matrix products are torch's and fixed per thread count.)"""
     x, weight, bias, target = problem(41, 1, 3001)
@@ -336,12 +349,12 @@ def test_opcheck(small_chunks):
         for reduction in (0, 1, 2):
             leaves = [tensor.detach().clone().requires_grad_(grad) for tensor in (x, weight, bias)]
             arguments = (leaves[0], leaves[1], target, leaves[2], torch.rand(40), *options, reduction, grad, grad, grad)
-            opcheck(torch.ops.fasttune.linear_cross_entropy.default, (*arguments, "cpp"))
-    arguments = (torch.rand(9), x, weight, target, bias, None, -100, 0.1, True, False, True, "cpp")
+            opcheck(torch.ops.fasttune.linear_cross_entropy.default, (*arguments, FUSED))
+    arguments = (torch.rand(9), x, weight, target, bias, None, -100, 0.1, True, False, True, FUSED)
     opcheck(torch.ops.fasttune.linear_cross_entropy_backward.default, arguments)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_as_one_graph(backend):
     x, weight, bias, target = problem(12, 6, 40)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
@@ -377,6 +390,7 @@ print(status("VmHWM") - before - x.nbytes - weight.nbytes)
 """
 
 
+@cpp_only
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter")
 def test_extra_memory_stays_below_64_mb():
     """Beyond the gradients, on GPT-2's vocabulary; the logits alone would take 129 MB."""
@@ -384,7 +398,7 @@ def test_extra_memory_stays_below_64_mb():
     assert int(result.stdout) <= 64e6
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_input_is_named(backend):
     x, weight, bias, _ = problem(6, 8, 5)
     batch, target = x.view(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
@@ -396,8 +410,9 @@ def test_bad_input_is_named(backend):
     wrong[1, 0] = 7
     with pytest.raises(IndexError, match=r"target at position \(1, 0\) is 7; expected a value from 0 to 4 or -100"):
         call(target=wrong)
-    with pytest.raises(IndexError, match=r"target at position 3 is 7"):
-        call(x=x, target=wrong.view(-1))
+    if backend != "triton":  # a GPU's tensors are not read back: there the loss is NaN
+        with pytest.raises(IndexError, match=r"target at position 3 is 7"):
+            call(x=x, target=wrong.view(-1))
     with pytest.raises(ValueError, match=r"linear_weight is float32 of shape \(5, 4\).*expected shapes"):
         call(weight=weight[:, :4])
     with pytest.raises(ValueError, match=r"linear_bias is float32 of shape \(4,\)"):

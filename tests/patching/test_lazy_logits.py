@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
-from models import VOCABULARY, batch_of, build, gradients
+from models import VOCABULARY, batch_of, build, gradients, loss_of
 from torch.nn import functional as F
 
 import fasttune
+from fasttune import ops
 from fasttune.patching.lazy_rows import LazyRows
 
 
@@ -265,3 +266,35 @@ def test_evaluation_and_frozen_models_return_plain_tensors(models):
     ours.requires_grad_(False)
     assert type(ours(**inputs).logits) is torch.Tensor
     assert type(torch.func.functional_call(ours, dict(ours.named_parameters()), (), inputs).logits) is torch.Tensor
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Rows and backend of each loss without logits."""
+    seen, original = [], ops.linear_cross_entropy
+
+    def spy(x, *args, backend=None, **options):
+        seen.append((x.shape[0], backend))
+        return original(x, *args, backend=backend, **options)
+
+    monkeypatch.setattr(ops, "linear_cross_entropy", spy)
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_backend_that_was_asked_for_computes_the_loss(losses, backend):
+    model = fasttune.patch(build("BertForMaskedLM"), backend=backend)
+    loss_of(model, batch_of(model)).backward()
+    assert [asked for _, asked in losses] == [None if backend == "auto" else backend]
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_without_trim_no_rows_are_looked_for(losses, head):
+    """Their number would have to come from the device."""
+    model = build(head)
+    inputs = batch_of(model, padding="right")
+    loss_of(fasttune.patch(model, trim=False), inputs).backward()
+    loss_of(fasttune.patch(model), inputs).backward()
+    (every, _), (few, _) = losses
+    assert every == inputs["labels"].numel()
+    assert few < every

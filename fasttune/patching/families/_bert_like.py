@@ -195,7 +195,8 @@ class DenseGeluNorm(Patched):
 def few_rows(
     module: Patched, hidden_states: Tensor, function: Callable[[Any, Tensor], Tensor], norm: nn.LayerNorm
 ) -> Tensor:
-    """function(module, hidden_states), ended by norm; in training as rows on demand: a loss reads the labelled ones."""
+    """function(module, hidden_states), ended by norm; in training as rows on demand: a loss reads the labelled ones.
+    With trim=False of all rows at once, unless they are on demand already."""
     if torch.compiler.is_compiling():
         return function(module, hidden_states)
     watched = why_hooked(module) is not None  # somebody looks inside: stock shows all rows there
@@ -203,7 +204,7 @@ def few_rows(
         return mapped(hidden_states, module, function, norm.weight.shape[0])
     if isinstance(hidden_states, LazyRows):
         hidden_states = hidden_states.materialize()
-    if watched or not may_defer(module) or type(norm.weight) is not nn.Parameter:
+    if watched or not module._fasttune.selects_rows or not may_defer(module) or type(norm.weight) is not nn.Parameter:
         return function(module, hidden_states)
     rows = LazyRows.of(TensorRows(hidden_states), hidden_states.shape[:-1])
     return mapped(rows, module, function, norm.weight.shape[0])

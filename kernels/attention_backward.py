@@ -1,0 +1,305 @@
+"""The backward pass of attention: a kernel for δ and dQ by tiles of queries, one for dK and dV by tiles of keys. See
+attention.py."""
+
+import triton
+import triton.language as tl
+
+from fasttune.kernels.attention_rows import (
+    LOG2E,
+    RUN_TIME,
+    extent,
+    find_tile,
+    first_query_from,
+    head_of,
+    load_rows,
+    store_rows,
+    tile_positions,
+)
+from fasttune.kernels.philox import attention_drop_bits, dropped_weights, dropped_weights_transposed
+
+
+@triton.jit
+def _dq_tiles(
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    k,
+    v,
+    seed,
+    position,
+    head,
+    start,
+    keys,
+    offset,
+    first,
+    last,
+    k_row,
+    v_row,
+    scale,
+    threshold,
+    keep_scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    for first_key in range(first, last, STEP):
+        if seed is not None:
+            within = 0 if STEP % 128 == 0 else first_key % 128
+            bits = attention_drop_bits(seed, position, head, first_key - within, threshold)
+        for part in tl.static_range(STEP // BLOCK_N):
+            tile_key = first_key + part * BLOCK_N
+            key = tile_key + tl.arange(0, BLOCK_N)
+            k_tile = load_rows(k, start + tile_key, k_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
+            v_tile = load_rows(v, start + tile_key, v_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
+            s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
+            p = tl.exp2(s - lse[:, None])
+            if MASKED:
+                visible = (key < keys)[None, :]
+                if CAUSAL:
+                    visible = visible & (key[None, :] <= position[:, None] + offset)
+                p = tl.where(visible, p, 0.0)
+            dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+            if seed is not None:
+                dp = tl.where(dropped_weights(bits, within + part * BLOCK_N, BLOCK_N), 0.0, dp * keep_scale)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def attention_dq_kernel(
+    do,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    delta,
+    dq,
+    q_offsets,
+    k_offsets,
+    positions,
+    seed,
+    sequences,
+    queries,
+    keys,
+    do_sequence,
+    do_row,
+    do_head,
+    q_sequence,
+    q_row,
+    q_head,
+    k_sequence,
+    k_row,
+    k_head,
+    v_sequence,
+    v_row,
+    v_head,
+    out_sequence,
+    out_row,
+    out_head,
+    dq_sequence,
+    dq_row,
+    dq_head,
+    lse_sequence,
+    lse_head,
+    scale,
+    threshold,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Writes δ, which the dK, dV kernel reads, and dQ unless dq is None."""
+    sequence, tile = find_tile(q_offsets, sequences, BLOCK_M)
+    first_row, queries = extent(q_offsets, sequence, queries)
+    start, keys = extent(k_offsets, sequence, keys)
+    first_query = (tl.cdiv(queries, BLOCK_M) - 1 - tile) * BLOCK_M
+    if first_query < 0:
+        return
+    valid = first_query + tl.arange(0, BLOCK_M) < queries
+    position, lowest, highest, offset = tile_positions(positions, first_row, first_query, queries, keys, BLOCK_M)
+    head = sequence * tl.num_programs(1) + tl.program_id(1)
+    if seed is not None:
+        seed = tl.load(seed)
+    first_row += first_query
+    do_tile = load_rows(head_of(do, do_sequence, do_head), first_row, do_row, valid, True, HEAD_DIM, BLOCK_D)
+    out_tile = load_rows(head_of(out, out_sequence, out_head), first_row, out_row, valid, True, HEAD_DIM, BLOCK_D)
+    delta_tile = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    statistic = head_of(first_row + tl.arange(0, BLOCK_M), lse_sequence, lse_head)
+    tl.store(delta + statistic, delta_tile, mask=valid)
+    if dq is not None:
+        lse_tile = tl.load(lse + statistic, mask=valid, other=float("inf"))
+        q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
+        k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
+        last, full = keys, keys
+        if CAUSAL:
+            last = tl.minimum(keys, highest + offset + 1)
+            full = tl.minimum(keys, lowest + offset + 1)
+        full = tl.maximum(full, 0) // STEP * STEP
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for MASKED in tl.static_range(2):
+            acc = _dq_tiles(
+                *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, seed, position, head, start, keys, offset),
+                *(full if MASKED else 0, last if MASKED else full, k_row, v_row, scale * LOG2E, threshold, keep_scale),
+                *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
+            )
+        store_rows(head_of(dq, dq_sequence, dq_head), first_row, dq_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dkdv_tiles(
+    dk,
+    dv,
+    k,
+    v,
+    q,
+    do,
+    lse,
+    delta,
+    seed,
+    key,
+    first_key,
+    head,
+    positions,
+    first_row,
+    queries,
+    offset,
+    first,
+    last,
+    q_row,
+    do_row,
+    scale,
+    threshold,
+    keep_scale,
+    DIAGONAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    for first_query in range(first, last, BLOCK_M):
+        query = first_query + tl.arange(0, BLOCK_M)
+        valid = query < queries
+        row = first_row + first_query
+        q_tile = load_rows(q, row, q_row, valid, True, HEAD_DIM, BLOCK_D)
+        do_tile = load_rows(do, row, do_row, valid, True, HEAD_DIM, BLOCK_D)
+        lse_tile = tl.load(lse + first_row + query, mask=valid, other=float("inf"))
+        delta_tile = tl.load(delta + first_row + query, mask=valid, other=0.0)
+        position = query
+        if positions is not None:
+            position = tl.load(positions + first_row + query, mask=valid, other=0)
+        s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale  # transposed: [keys, queries]
+        p = tl.exp2(s - lse_tile[None, :])
+        if DIAGONAL:
+            p = tl.where(key[:, None] <= position[None, :] + offset, p, 0.0)
+        dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
+        kept = p
+        if seed is not None:
+            dropped = dropped_weights_transposed(
+                seed, position, head, first_key // 128 * 128, threshold, first_key % 128, BLOCK_N
+            )
+            kept = tl.where(dropped, 0.0, p * keep_scale)
+            dp = tl.where(dropped, 0.0, dp * keep_scale)
+        dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+        ds = p * (dp - delta_tile[None, :])
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def attention_dkdv_kernel(
+    do,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    dk,
+    dv,
+    q_offsets,
+    k_offsets,
+    positions,
+    seed,
+    sequences,
+    queries,
+    keys,
+    do_sequence,
+    do_row,
+    do_head,
+    q_sequence,
+    q_row,
+    q_head,
+    k_sequence,
+    k_row,
+    k_head,
+    v_sequence,
+    v_row,
+    v_head,
+    dk_sequence,
+    dk_row,
+    dk_head,
+    dv_sequence,
+    dv_row,
+    dv_head,
+    lse_sequence,
+    lse_head,
+    scale,
+    threshold,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    sequence, tile = find_tile(k_offsets, sequences, BLOCK_N)
+    first_row, queries = extent(q_offsets, sequence, queries)
+    start, keys = extent(k_offsets, sequence, keys)
+    first_key = tile * BLOCK_N
+    if first_key >= keys:
+        return
+    key = first_key + tl.arange(0, BLOCK_N)
+    valid = key < keys
+    offset = keys - queries if positions is None else 0
+    head = sequence * tl.num_programs(1) + tl.program_id(1)
+    if seed is not None:
+        seed = tl.load(seed)
+    start += first_key
+    q, do = head_of(q, q_sequence, q_head), head_of(do, do_sequence, do_head)
+    lse, delta = head_of(lse, lse_sequence, lse_head), head_of(delta, lse_sequence, lse_head)
+    k_tile = load_rows(head_of(k, k_sequence, k_head), start, k_row, valid, True, HEAD_DIM, BLOCK_D)
+    v_tile = load_rows(head_of(v, v_sequence, v_head), start, v_row, valid, True, HEAD_DIM, BLOCK_D)
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    below = 0
+    if CAUSAL:  # queries from `first` on see some key of the tile, those from `below` on every one
+        first = first_query_from(positions, first_row, queries, offset, first_key) // BLOCK_M * BLOCK_M
+        below = first_query_from(positions, first_row, queries, offset, first_key + BLOCK_N - 1)
+        below = tl.cdiv(below, BLOCK_M) * BLOCK_M
+        dk_tile, dv_tile = _dkdv_tiles(
+            *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
+            *(queries, offset, first, tl.minimum(below, queries), q_row, do_row, scale * LOG2E, threshold),
+            *(keep_scale, True, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
+        )
+    dk_tile, dv_tile = _dkdv_tiles(
+        *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
+        *(queries, offset, below, queries, q_row, do_row, scale * LOG2E, threshold),
+        *(keep_scale, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
+    )
+    if dk is not None:
+        store_rows(head_of(dk, dk_sequence, dk_head), start, dk_row, dk_tile * scale, valid, HEAD_DIM, BLOCK_D)
+    if dv is not None:
+        store_rows(head_of(dv, dv_sequence, dv_head), start, dv_row, dv_tile, valid, HEAD_DIM, BLOCK_D)
