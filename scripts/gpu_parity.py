@@ -70,6 +70,19 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
             partial(ops.attention, **options, backend="torch"),
             packed,
         )
+    elif operation == "attention_chosen_queries":
+        lengths, counts = torch.tensor([tokens - 20, 1, 19]), torch.tensor([tokens // 2, 1, 3])
+        offsets, offsets_q = (F.pad(x.cumsum(0), (1, 0)).to(torch.int32).to(device) for x in (lengths, counts))
+        chosen = [torch.arange(length)[-count:] for length, count in zip(lengths, counts, strict=True)]
+        positions = torch.cat(chosen).to(torch.int32).to(device)
+
+        def attend(backend: str, *x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            options = {"cu_seqlens": offsets, "cu_seqlens_q": offsets_q, "positions_q": positions}
+            return ops.attention(*x, **options, causal=True, dropout_p=0.2, backend=backend)
+
+        inputs = [random(positions.numel(), 3, 64), random(tokens, 3, 64), random(tokens, 3, 64)]
+        yield case("", partial(attend, backend), partial(attend, "torch"), inputs)
     elif operation in ("layer_norm", "layer_norm_gelu", "gelu_layer_norm"):
 
         def norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
