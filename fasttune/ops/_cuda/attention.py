@@ -159,7 +159,8 @@ def chosen_forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """fasttune::attention_chosen_queries."""
-    return forward(query, key, value, cu_seqlens, *options, cu_seqlens_q, positions_q)
+    every = (*options, cu_seqlens_q, positions_q)
+    return forward(query, key, value, cu_seqlens, *every)
 
 
 def chosen_backward(
@@ -175,7 +176,8 @@ def chosen_backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     """fasttune::attention_chosen_queries_backward."""
-    return backward(dout, query, key, value, out, lse, cu_seqlens, *options, cu_seqlens_q, positions_q)
+    every = (*options, cu_seqlens_q, positions_q)
+    return backward(dout, query, key, value, out, lse, cu_seqlens, *every)
 
 
 def packed_qkv_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
