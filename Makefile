@@ -4,6 +4,7 @@
 #   make test       linters, types and the test-suite
 #   make cuda-host  the CUDA kernels, run on the host: against float64, under sanitizers, with seeded bugs
 #   make cuda-build the CUDA kernels, as nvcc builds them, against their budgets
+#   make seeded-bugs  the tests of the operations, each against a C++ kernel with a bug that it has to see
 #   make sanitize   the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make gpu-report docs/gpu-report.md: what the compilers make of every Triton kernel, for each GPU
 #   make triton36   the Triton kernels compiled by the oldest supported Triton
@@ -30,11 +31,11 @@ TRITON := triton==3.9.0
 OLDEST_TRITON := triton==3.6.0
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 
-.PHONY: help demo test lint cuda-host cuda-build sanitize gpu-report triton36 package bench build clean
+.PHONY: help demo test lint cuda-host cuda-build seeded-bugs sanitize gpu-report triton36 package bench build clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,12s/^# *//p' Makefile
+	@sed -n '3,13s/^# *//p' Makefile
 
 $(BIN)/python:
 	@echo "== creating $(VENV) with $(PYTHON)"
@@ -64,7 +65,7 @@ lint: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev build lint
 	@echo "== testing"
 	$(PYTEST) --ignore=tests/packaging --ignore=tests/kernels --ignore=tests/compiled \
-	  --ignore=tests/cuda_host --ignore=tests/cuda_build
+	  --ignore=tests/cuda_host --ignore=tests/cuda_build --ignore=tests/seeded_bugs
 	@if [ -d tests/compiled ]; then echo "== compiling the Triton kernels for GPUs that need not be here"; \
 	  $(PYTEST) tests/compiled; fi
 	@if [ -d tests/kernels ]; then echo "== testing the Triton kernels in its interpreter"; \
@@ -77,6 +78,10 @@ cuda-host: $(VENV)/.installed-dev
 cuda-build: $(VENV)/.installed-dev
 	@echo "== holding what nvcc makes of the CUDA kernels against their budgets"
 	$(BIN)/python -m pytest tests/cuda_build
+
+seeded-bugs: $(VENV)/.installed-dev build
+	@echo "== seeing that the tests of the C++ kernels can fail"
+	$(BIN)/python -m pytest tests/seeded_bugs
 
 sanitize: $(VENV)/.installed-dev
 	@echo "== testing the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"

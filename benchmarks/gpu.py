@@ -4,8 +4,9 @@
 
 Peers: eager torch; SDPA with its flash, cuDNN and memory-efficient kernels apart; torch.compile;
 Liger and flash-attn where they are installed. Times are medians of runs with a cold L2 cache (triton.testing.do_bench).
-A peer that cannot do a shape is left out and named in the notes. Writes benchmarks.json and benchmarks.md; losses are
-listed first. On a CPU the same code runs on small shapes, timed by the clock.
+A peer that cannot do a shape is left out and named in the notes. Where an operation has Triton and CUDA C++ kernels,
+both run, and a table of its own says which is faster: what fasttune/ops/_backends.py decides by. Writes benchmarks.json
+and benchmarks.md; losses are listed first. On a CPU the same code runs on small shapes, timed by the clock.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fasttune import ops  # noqa: E402
+from fasttune.ops import _backends  # noqa: E402
 
 OURS = "fasttune"
+RIVALS = ("triton", "cuda")  # our own backends that run on a GPU
 Function = Callable[..., Tensor]
 # (operation, shape, sides, inputs); each side maps the inputs to one tensor.
 Work = tuple[str, str, dict[str, Function], list[Tensor]]
@@ -45,6 +48,14 @@ def _sdpa(kernel: str, causal: bool, dropout_p: float) -> Function:
             return F.scaled_dot_product_attention(*heads_first, dropout_p=dropout_p, is_causal=causal).transpose(1, 2)
 
     return attend
+
+
+def _ours(operation: str, device: str, dtype: torch.dtype, **options: Any) -> dict[str, Function]:
+    """The operation as `auto` runs it, and by each of RIVALS where both can run."""
+    function = partial(getattr(ops, operation), **options)
+    rivals = [name for name in RIVALS if _backends.why_not(operation, name, device, dtype) is None]
+    both = rivals if len(rivals) == len(RIVALS) else []
+    return {OURS: function, **{f"{OURS} {name}": partial(function, backend=name) for name in both}}
 
 
 def _optional(module: str, attribute: str) -> Any:
@@ -63,7 +74,7 @@ def attention_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Work
     for batch, tokens, heads, head_dim in shapes:
         for causal, dropout_p in ((True, 0.0), (False, 0.1)):
             options = {"causal": causal, "dropout_p": dropout_p}
-            sides: dict[str, Function] = {OURS: partial(ops.attention, **options)}
+            sides = _ours("attention", device, dtype, **options)
             for name, kernel in (
                 ("SDPA flash", "FLASH_ATTENTION"),
                 ("SDPA cuDNN", "CUDNN_ATTENTION"),
@@ -89,7 +100,8 @@ def elementwise_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Wo
         def dropped(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return F.layer_norm(F.dropout(x, 0.1) + residual, x.shape[-1:], weight, bias)
 
-        sides: dict[str, Function] = {OURS: ops.layer_norm, "eager": norm, "torch.compile": torch.compile(norm)}
+        ours = partial(_ours, device=device, dtype=dtype)
+        sides = {**ours("layer_norm"), "eager": norm, "torch.compile": torch.compile(norm)}
         liger = _optional("liger_kernel.ops.layer_norm", "LigerLayerNormFunction")
         if liger is not None:
             sides["Liger"] = lambda x, w, b, liger=liger: liger.apply(x, w, b, 1e-5)
@@ -98,7 +110,7 @@ def elementwise_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Wo
             "dropout_add_layer_norm",
             f"{rows} x {columns}",
             {
-                OURS: partial(ops.dropout_add_layer_norm, dropout_p=0.1),
+                **ours("dropout_add_layer_norm", dropout_p=0.1),
                 "eager": dropped,
                 "torch.compile": torch.compile(dropped),
             },
@@ -111,7 +123,7 @@ def elementwise_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Wo
         yield (
             "bias_gelu",
             f"{rows} x {columns}",
-            {OURS: ops.bias_gelu, "eager": activation, "torch.compile": torch.compile(activation)},
+            {**ours("bias_gelu"), "eager": activation, "torch.compile": torch.compile(activation)},
             [x, bias],
         )
 
@@ -130,7 +142,7 @@ def loss_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Work]:
             return F.cross_entropy(F.linear(hidden, weight), target)
 
         sides: dict[str, Function] = {
-            OURS: lambda logits, target=target: ops.cross_entropy(logits, target),
+            **_ours("cross_entropy", device, dtype, target=target),
             "eager": loss,
             "torch.compile": torch.compile(loss),
         }
@@ -184,8 +196,24 @@ def measure(works: Iterator[Work], device: str, seconds: float) -> list[dict[str
 
 def ratio(row: dict[str, Any]) -> float | None:
     """Time of the fastest peer over ours: above 1 we are faster."""
-    peers = [time for name, time in row["ms"].items() if name != OURS]
+    peers = [time for name, time in row["ms"].items() if not name.startswith(OURS)]
     return min(peers) / row["ms"][OURS] if peers and OURS in row["ms"] else None
+
+
+def rivalry(rows: list[dict[str, Any]]) -> list[str]:
+    """Our Triton and CUDA C++ kernels side by side, and the operations in which CUDA C++ was never slower."""
+    raced = [(row, [row["ms"].get(f"{OURS} {name}") for name in RIVALS]) for row in rows]
+    raced = [(row, times) for row, times in raced if None not in times]
+    if not raced:
+        return []
+    lines = ["", "| operation | shape | Triton | CUDA C++ | Triton's time over CUDA C++'s |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['operation']} | {row['shape']} | {triton:.3f} | {cuda:.3f} | {triton / cuda:.2f} |"
+        for row, (triton, cuda) in raced
+    ]
+    slower = {row["operation"] for row, (triton, cuda) in raced if cuda > triton}
+    never = sorted({row["operation"] for row, _ in raced} - slower)
+    return [*lines, "", f"For CUDA_BEATS_TRITON (fasttune/ops/_backends.py): {', '.join(never) or 'none'}."]
 
 
 def markdown(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
@@ -196,6 +224,7 @@ def markdown(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
     for row in sorted(rows, key=lambda row: ratio(row) or 0.0):
         times = dict(row["ms"])
         ours = times.pop(OURS, None)
+        times = {name: time for name, time in times.items() if not name.startswith(OURS)}
         peers = ", ".join(f"{name} {time:.3f}" for name, time in times.items())
         against = ratio(row)
         lines.append(
@@ -203,6 +232,7 @@ def markdown(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
             f" | {'–' if ours is None else f'{ours:.3f}'} | {peers} |"
         )
     notes = [f"- {row['operation']} {row['shape']}: {note}" for row in rows for note in row["notes"]]
+    lines += rivalry(rows)
     return "\n".join([*lines, *(["", "Left out:", "", *notes] if notes else [])]) + "\n"
 
 

@@ -10,11 +10,12 @@ Backward, with n = (s - mean) rstd and dh = dy gelu'(h) or dy, and g = w dh:
 Bytes: forward x, residual, s and y once each, backward dy, s, dx and dresidual once each; 8 bytes a row of statistics;
 weight, bias and the partial sums once a program. About 10 operations an element forward and 20 backward (16 and 26 with
 dropout): memory is the bound everywhere.
-Tiling: the whole row stays in registers, so mean and variance are computed in two exact passes over registers. At
-C <= 1024 one row is too little work for a program and parameter gradients by atomics or by a row of partial sums for
-each row cost more than the row itself; so a program takes a tile of several rows, the grid is persistent (a few
-programs a multiprocessor, each looping over tiles), dw and db stay in registers until the end, and one small kernel
-adds the programs' sums. The loop is software-pipelined: the next tile loads while this one is reduced.
+Tiling: the whole row stays in registers, and passes over registers give the mean, its repair by the mean of the
+deviations (Chan, Golub and LeVeque 1983) and the variance. At C <= 1024 one row is too little work for a program and
+parameter gradients by atomics or by a row of partial sums for each row cost more than the row itself; so a program
+takes a tile of several rows, the grid is persistent (a few programs a multiprocessor, each looping over tiles), dw and
+db stay in registers until the end, and one small kernel adds the programs' sums. The loop is software-pipelined: the
+next tile loads while this one is reduced.
 """
 
 import torch
@@ -79,6 +80,9 @@ def layer_norm_forward_kernel(
             s = gelu(s, GELU_BEFORE)
         m = tl.sum(s, 1) / columns
         centred = tl.where(valid, s - m[:, None], 0.0)
+        repair = tl.sum(centred, 1) / columns  # of the mean's rounding, which rows far from 0 would show as variance
+        m += repair
+        centred = tl.where(valid, centred - repair[:, None], 0.0)
         r = tl.rsqrt(tl.sum(centred * centred, 1) / columns + eps)
         h = centred * r[:, None]
         if weight is not None:

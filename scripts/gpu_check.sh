@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# One command on a machine with a GPU, without a network, in less than 8 minutes: builds the library, checks every
-# operation and model on the device against float64, runs compute-sanitizer over the CUDA C++ kernels if both are there,
-# and races fasttune against its peers.
+# One command on a machine with a GPU, without a network, in 12 minutes at most: builds the library, checks every
+# operation and model on the device against float64, runs compute-sanitizer over the CUDA C++ kernels if both are there
+# (memory accesses of all, races in shared memory of those that share most), and races fasttune against its peers and
+# its two GPU backends against each other.
 #
 #   scripts/gpu_check.sh [FOLDER]        default out/gpu; PYTHON chooses the interpreter, DEVICE=cpu rehearses it all
 #
@@ -24,6 +25,13 @@ stage() {
   printf '%s\t%s\t%s\n' "$name" "$outcome" $((SECONDS - begun)) >> "$OUT/stages.tsv"
   tail -n 3 "$OUT/$name.log"
 }
+# sanitize TOOL LIMIT SECONDS CASES...: compute-sanitizer over the CUDA C++ cases whose names contain one of CASES.
+sanitize() {
+  local tool=$1 limit=$2 seconds=$3
+  shift 3
+  stage "$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" scripts/gpu_parity.py \
+    --out "$OUT/$tool" --device cuda --backend cuda --seconds "$seconds" --only "$@"
+}
 skip() { printf '%s\tskipped: %s\t0\n' "$1" "$2" >> "$OUT/stages.tsv"; }
 
 stage machine 30 "$PYTHON" -m fasttune doctor
@@ -42,8 +50,8 @@ if ! command -v compute-sanitizer > /dev/null; then
 elif ! "$PYTHON" -c "import sys; from fasttune import ops; sys.exit('cuda' not in ops.available_backends('attention'))"; then
   skip sanitizer "no CUDA C++ backend here"
 else
-  stage sanitizer 80 compute-sanitizer --tool memcheck --error-exitcode 1 \
-    "$PYTHON" scripts/gpu_parity.py --out "$OUT/sanitizer" --device cuda --backend cuda --only float16 --seconds 60
+  sanitize memcheck 80 60 float16
+  sanitize racecheck 50 40 "packed float16" "layer_norm C768 float16"
 fi
 stage benchmarks 180 "$PYTHON" benchmarks/gpu.py --out "$OUT" --device "$DEVICE" --seconds 120
 "$PYTHON" scripts/gpu_summary.py "$OUT"

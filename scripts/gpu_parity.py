@@ -221,14 +221,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", nargs="*", default=["triton", "cuda"])
     parser.add_argument("--seconds", type=float, default=200.0)
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="run the cases whose name contains one of these")
     arguments = parser.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = False  # the float32 yardstick is IEEE
     available = set(itertools.chain.from_iterable(map(ops.available_backends, ("attention", "layer_norm"))))
     backends = [backend for backend in arguments.backend if backend in available]
     big = arguments.device != "cpu"
     cases = itertools.chain(operation_cases(arguments.device, backends, big), model_cases(arguments.device, backends))
-    results = run((case for case in cases if arguments.only in case[0]), arguments.seconds)
+    results = run((case for case in cases if any(part in case[0] for part in arguments.only)), arguments.seconds)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "parity.json").write_text(json.dumps(results, indent=1) + "\n")
     wrong = [result for result in results if result["outcome"] != "passed"]

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
+import gpu  # noqa: E402
 import gpu_parity  # noqa: E402
 import gpu_summary  # noqa: E402
 
@@ -71,6 +72,20 @@ def test_a_failed_stage_fails_the_check(tmp_path):
     (tmp_path / "stages.tsv").write_text("build\tpassed\t3\nparity\tfailed (124)\t200\n")
     assert gpu_summary.main(tmp_path) == 1
     assert "| parity | failed (124) | 200 |" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_two_gpu_backends_race(monkeypatch):
+    monkeypatch.setattr(gpu._backends, "why_not", lambda operation, backend, *where: None)
+    assert list(gpu._ours("bias_gelu", "cuda", torch.bfloat16)) == ["fasttune", "fasttune triton", "fasttune cuda"]
+    times = {"fasttune": 2.0, "fasttune triton": 2.0, "fasttune cuda": 1.0, "eager": 4.0}
+    row = {"operation": "bias_gelu", "shape": "8 x 8", "ms": times, "notes": []}
+    assert gpu.ratio(row) == 2.0
+    page = gpu.markdown([row], {})
+    assert "| bias_gelu | 8 x 8 | 2.00 | 2.000 | eager 4.000 |" in page
+    assert "| bias_gelu | 8 x 8 | 2.000 | 1.000 | 2.00 |" in page
+    assert "For CUDA_BEATS_TRITON (fasttune/ops/_backends.py): bias_gelu." in page
+    slower = {**row, "ms": {**times, "fasttune cuda": 3.0}}
+    assert "_backends.py): none." in gpu.markdown([row, slower], {})
 
 
 def test_every_operation_with_gpu_kernels_has_a_parity_case():

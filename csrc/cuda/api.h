@@ -156,11 +156,15 @@ typedef struct {
 typedef struct {
   int dtype;
   int64_t sequences, queries, keys, heads,
-      head_dim;        /* packed: queries = keys = all rows; head_dim 16 to 128 */
+      head_dim;        /* packed: all rows of query, of key; head_dim 16 to 128 */
   const void* offsets; /* packed: (N + 1,) first row of each sequence; or null */
-  int offsets_are_64_bit;
-  int causal;  /* query i sees keys j <= i + K - Q */
-  float scale; /* of the scores */
+  /* Packed, with queries of some positions only: (N + 1,) first query of each sequence, and each query's
+   * position in its sequence, rising; or both null. */
+  const void* query_offsets;
+  const int32_t* positions; /* (queries,) */
+  int offsets_are_64_bit;   /* both offsets */
+  int causal;               /* query i sees keys j <= i + K - Q, or j <= positions[i] */
+  float scale;              /* of the scores */
   fasttune_dropout_options dropout;
   fasttune_head_rows query, key, value, out;
   float*

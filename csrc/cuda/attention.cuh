@@ -43,20 +43,27 @@ struct Tiles {
 
 // The sequence, head and tile of a block.
 struct Place {
-  int64_t sequence, first_row;  // first_row: of the sequence in packed tensors
-  int head, tile;               // tile < 0: nothing to do
+  int64_t sequence, first_query, first_key;  // first rows of the sequence in packed tensors
+  int head, tile;                            // tile < 0: nothing to do
   int queries, keys;
-  int64_t statistics;  // index of the sequence's first query in lse and delta
+  int64_t statistics;        // index of the sequence's first query in lse and delta
+  const int32_t* positions;  // of the sequence's queries, or null: 0, 1, 2, ...
+
+  // Where a query stands in its sequence: what causality and dropout go by.
+  __device__ __forceinline__ int position(int query) const {
+    return positions && query < queries ? positions[query] : query;
+  }
 };
 
-__device__ __forceinline__ int64_t offset_at(const fasttune_attention_args& args, int64_t index) {
-  return args.offsets_are_64_bit ? static_cast<const int64_t*>(args.offsets)[index]
-                                 : static_cast<const int*>(args.offsets)[index];
+__device__ __forceinline__ int64_t offset_at(const fasttune_attention_args& args, const void* offsets,
+                                             int64_t index) {
+  return args.offsets_are_64_bit ? static_cast<const int64_t*>(offsets)[index]
+                                 : static_cast<const int*>(offsets)[index];
 }
 
 // Blocks are numbered tile first, then head, then sequence. Packed, sequence s owns the tiles from
-// offsets[s] / rows + s on: at least as many as it has, and the grid needs no length but the total. The last
-// such s is found by bisection; blocks without rows get tile -1.
+// offsets[s] / rows + s on, by the offsets of what the kernel owns: at least as many as it has, and the grid
+// needs no length but the total. The last such s is found by bisection; blocks without rows get tile -1.
 __device__ __forceinline__ Place locate(const fasttune_attention_args& args, int rows, int64_t tiles,
                                         bool owns_keys) {
   Place at;
@@ -64,24 +71,30 @@ __device__ __forceinline__ Place locate(const fasttune_attention_args& args, int
   int64_t tile = block % tiles;
   at.head = static_cast<int>(block / tiles % args.heads);
   at.sequence = block / tiles / args.heads;
-  at.first_row = 0;
+  at.first_query = at.first_key = 0;
+  at.positions = nullptr;
   at.queries = static_cast<int>(args.queries);
   at.keys = static_cast<int>(args.keys);
   at.statistics = (at.sequence * args.heads + at.head) * args.queries;
   if (args.offsets) {
+    const void* query_offsets = args.query_offsets ? args.query_offsets : args.offsets;
+    const void* owned_offsets = owns_keys ? args.offsets : query_offsets;
     int64_t low = 0, high = args.sequences;
     while (low + 1 < high) {
       const int64_t middle = (low + high) / 2;
-      if (offset_at(args, middle) / rows + middle <= tile)
+      if (offset_at(args, owned_offsets, middle) / rows + middle <= tile)
         low = middle;
       else
         high = middle;
     }
     at.sequence = low;
-    at.first_row = offset_at(args, low);
-    at.queries = at.keys = static_cast<int>(offset_at(args, low + 1) - at.first_row);
-    tile -= at.first_row / rows + low;
-    at.statistics = at.head * args.queries + at.first_row;
+    at.first_query = offset_at(args, query_offsets, low);
+    at.first_key = offset_at(args, args.offsets, low);
+    at.queries = static_cast<int>(offset_at(args, query_offsets, low + 1) - at.first_query);
+    at.keys = static_cast<int>(offset_at(args, args.offsets, low + 1) - at.first_key);
+    if (args.query_offsets) at.positions = args.positions + at.first_query;
+    tile -= (owns_keys ? at.first_key : at.first_query) / rows + low;
+    at.statistics = at.head * args.queries + at.first_query;
   }
   const int owned = owns_keys ? at.keys : at.queries;
   at.tile = tile * rows < owned ? static_cast<int>(tile) : -1;
@@ -89,18 +102,35 @@ __device__ __forceinline__ Place locate(const fasttune_attention_args& args, int
 }
 
 inline int64_t tiles_of(const fasttune_attention_args& args, int64_t owned, int rows) {
-  return args.offsets ? args.queries / rows + args.sequences : divide_up<int64_t>(owned, rows);
+  return args.offsets ? owned / rows + args.sequences : divide_up<int64_t>(owned, rows);
 }
 
 inline int64_t blocks_of(const fasttune_attention_args& args, int64_t tiles) {
   return tiles * args.heads * (args.offsets ? 1 : args.sequences);
 }
 
+// How far beyond its position a query sees, where causal.
+__device__ __forceinline__ int causal_offset(const Place& at) {
+  return at.positions ? 0 : at.keys - at.queries;
+}
+
 template <class T>
 __device__ __forceinline__ T* head_rows(const fasttune_head_rows& rows, const fasttune_attention_args& args,
-                                        const Place& at) {
-  const int64_t sequence = args.offsets ? at.first_row * rows.row : at.sequence * rows.sequence;
+                                        const Place& at, int64_t first) {
+  const int64_t sequence = args.offsets ? first * rows.row : at.sequence * rows.sequence;
   return static_cast<T*>(rows.data) + sequence + at.head * rows.head;
+}
+
+template <class T>
+__device__ __forceinline__ T* query_rows(const fasttune_head_rows& rows, const fasttune_attention_args& args,
+                                         const Place& at) {
+  return head_rows<T>(rows, args, at, at.first_query);
+}
+
+template <class T>
+__device__ __forceinline__ T* key_rows(const fasttune_head_rows& rows, const fasttune_attention_args& args,
+                                       const Place& at) {
+  return head_rows<T>(rows, args, at, at.first_key);
 }
 
 // Whether every row of the tensor can be read and written 16 bytes at a time.
@@ -277,14 +307,16 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
 
 // --------------------------------------------------------------------------------------------------- dropout
 
-// Which weights of queries g and g + 8 of a warp are dropped, for the 128 keys of one block of counters: a
-// lane needs the columns 2t, 2t + 1, 2t + 8 and 2t + 9 modulo 16, so four counters per query, all of whose
-// bits it uses.
+// Which weights of a lane's two queries (rows g and g + 8 of a warp) are dropped, for the 128 keys of one
+// block of counters: a lane needs the columns 2t, 2t + 1, 2t + 8 and 2t + 9 modulo 16, so four counters per
+// query, all of whose bits it uses.
 struct DroppedKeys {
   uint32_t bits[2];
 
-  __device__ __forceinline__ void draw(const DropoutKey& dropout, int first_key, int query, uint32_t head) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  // position: of the two queries.
+  __device__ __forceinline__ void draw(const DropoutKey& dropout, int first_key, const int (&position)[2],
+                                       uint32_t head) {
+    const int t = lane_index() % 4;
     FASTTUNE_UNROLL
     for (int row = 0; row < 2; ++row) {
       bits[row] = 0;
@@ -293,7 +325,7 @@ struct DroppedKeys {
         bits[row] |=
             dropped_bits(dropout,
                          static_cast<uint32_t>(first_key / kDropoutBlock * 16 + 2 * t + i % 2 + i / 2 * 8),
-                         static_cast<uint32_t>(query + g + 8 * row), head, kAttentionDomain)
+                         static_cast<uint32_t>(position[row]), head, kAttentionDomain)
             << (8 * i);
     }
   }

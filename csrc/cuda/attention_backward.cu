@@ -55,13 +55,13 @@ __global__ void __launch_bounds__(P::kThreads)
   const Place at = locate(args, P::kRows, tiles, false);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
-  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows, offset = keys - queries;
-  const T* k_head = head_rows<T>(args.key, args, at);
-  const T* v_head = head_rows<T>(args.value, args, at);
+  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows, offset = causal_offset(at);
+  const T* k_head = key_rows<T>(args.key, args, at);
+  const T* v_head = key_rows<T>(args.value, args, at);
   int last = keys, full = keys;
   if (args.causal) {
-    last = min(keys, min(first_query + P::kRows, queries) + offset);
-    full = first_query + offset + 1;
+    last = min(keys, at.position(min(first_query + P::kRows, queries) - 1) + 1 + offset);
+    full = at.position(first_query) + offset + 1;
   }
   const int steps = last > 0 ? divide_up(last, P::kSteps) : 0;
 
@@ -73,13 +73,14 @@ __global__ void __launch_bounds__(P::kThreads)
                             vectors);
     cp_async_commit();
   };
-  load_tile<P, P::kRows>(q_tile, head_rows<T>(args.query, args, at), args.query.row, first_query, queries,
+  load_tile<P, P::kRows>(q_tile, query_rows<T>(args.query, args, at), args.query.row, first_query, queries,
                          head_dim, vectors);
-  load_tile<P, P::kRows>(do_tile, head_rows<T>(args.dout, args, at), args.dout.row, first_query, queries,
+  load_tile<P, P::kRows>(do_tile, query_rows<T>(args.dout, args, at), args.dout.row, first_query, queries,
                          head_dim, vectors);
   if (steps > 0) stream(0);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_query = first_query + 16 * warp_index();
+  const int position[2] = {at.position(warp_query + g), at.position(warp_query + g + 8)};
   T* q_rows = q_tile + 16 * warp_index() * P::kPitch;
   const T* do_rows = do_tile + 16 * warp_index() * P::kPitch;
   const float scale = args.scale * kLog2e;
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(P::kThreads)
     }
     __syncthreads();
     if constexpr (kDropout)
-      if (first_key % kDropoutBlock == 0) dropped.draw(dropout, first_key, warp_query, head_number(args, at));
+      if (first_key % kDropoutBlock == 0) dropped.draw(dropout, first_key, position, head_number(args, at));
 
     float s[P::kSteps / 8][4], dp[P::kSteps / 8][4];
     clear(s);
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(P::kThreads)
       for (int i = 0; i < 4; ++i) {
         float p = exp2f(fmaf(s[j][i], scale, -lse[i / 2]));
         if (masked) {
-          const int key = first_key + 8 * j + 2 * t + i % 2, query = warp_query + g + i / 2 * 8;
-          if (key >= keys || (args.causal && key > query + offset)) p = 0.0f;
+          const int key = first_key + 8 * j + 2 * t + i % 2;
+          if (key >= keys || (args.causal && key > position[i / 2] + offset)) p = 0.0f;
         }
         if constexpr (kDropout) dp[j][i] = dropped(first_key, j, i) ? 0.0f : dp[j][i] * dropout.scale;
         s[j][i] = p * (dp[j][i] - delta[i / 2]);
@@ -137,11 +138,25 @@ __global__ void __launch_bounds__(P::kThreads)
     __syncthreads();
   }
   const float factor[2] = {args.scale, args.scale};
-  store_rows<P>(q_rows, acc, factor, head_rows<T>(args.dquery, args, at), args.dquery.row, warp_query,
+  store_rows<P>(q_rows, acc, factor, query_rows<T>(args.dquery, args, at), args.dquery.row, warp_query,
                 queries, head_dim, out_vectors);
 }
 
 // ---------------------------------------------------------------------------------------------------- dK, dV
+
+// The first query of the sequence whose position is at least `position`.
+__device__ __forceinline__ int first_that_sees(const Place& at, int position) {
+  if (!at.positions) return max(0, position);
+  int low = 0, high = at.queries;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (at.positions[middle] < position)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
 
 // Two blocks on a multiprocessor: left to itself the assembler aims at three on some architectures, and
 // spills.
@@ -149,10 +164,11 @@ template <class P, class T, bool kDropout>
 __global__ void __launch_bounds__(P::kThreads, 2)
     attention_dkdv_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors, bool out_vectors) {
   FASTTUNE_DYNAMIC_SHARED(shared);
-  // Of each streamed query: lse, δ, and which of its weights are dropped, a byte for each column modulo 16
-  // (philox.cuh).
+  // Of each streamed query: lse, δ, its position, and which of its weights are dropped, a byte for each
+  // column modulo 16 (philox.cuh).
   FASTTUNE_SHARED(float, lse_tiles, P::kStages* P::kSteps);
   FASTTUNE_SHARED(float, delta_tiles, P::kStages* P::kSteps);
+  FASTTUNE_SHARED(int, position_tiles, P::kStages* P::kSteps);
   FASTTUNE_SHARED(unsigned char, dropped_tile, kDropout ? P::kSteps * 16 : 1);
   T* k_tile = reinterpret_cast<T*>(shared);
   T* v_tile = k_tile + P::kOwned;
@@ -163,11 +179,10 @@ __global__ void __launch_bounds__(P::kThreads, 2)
   const Place at = locate(args, P::kRows, tiles, true);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
-  const int first_key = at.tile * P::kRows, offset = keys - queries;
-  const T* q_head = head_rows<T>(args.query, args, at);
-  const T* do_head = head_rows<T>(args.dout, args, at);
-  const int first_step =
-      args.causal ? max(0, first_key - offset) / P::kSteps : 0;  // the first query that sees a key
+  const int first_key = at.tile * P::kRows, offset = causal_offset(at);
+  const T* q_head = query_rows<T>(args.query, args, at);
+  const T* do_head = query_rows<T>(args.dout, args, at);
+  const int first_step = args.causal ? first_that_sees(at, first_key - offset) / P::kSteps : 0;
   const int steps = divide_up(queries, P::kSteps);
 
   const auto stream = [&](int step) {
@@ -181,12 +196,13 @@ __global__ void __launch_bounds__(P::kThreads, 2)
       const bool valid = first + i < queries;
       lse_tiles[stage * P::kSteps + i] = valid ? args.lse[at.statistics + first + i] : INFINITY;
       delta_tiles[stage * P::kSteps + i] = valid ? args.delta[at.statistics + first + i] : 0.0f;
+      position_tiles[stage * P::kSteps + i] = at.position(first + i);
     }
   };
-  load_tile<P, P::kRows>(k_tile, head_rows<T>(args.key, args, at), args.key.row, first_key, keys, head_dim,
+  load_tile<P, P::kRows>(k_tile, key_rows<T>(args.key, args, at), args.key.row, first_key, keys, head_dim,
                          vectors);
-  load_tile<P, P::kRows>(v_tile, head_rows<T>(args.value, args, at), args.value.row, first_key, keys,
-                         head_dim, vectors);
+  load_tile<P, P::kRows>(v_tile, key_rows<T>(args.value, args, at), args.value.row, first_key, keys, head_dim,
+                         vectors);
   if (first_step < steps) stream(first_step);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_key = first_key + 16 * warp_index();
@@ -205,9 +221,10 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     if (P::kStages == 2 && more) stream(step + 1);
     if constexpr (kDropout)
       for (int i = static_cast<int>(threadIdx.x); i < P::kSteps * 16; i += P::kThreads)
-        dropped_tile[i] = static_cast<unsigned char>(dropped_bits(
-            dropout, static_cast<uint32_t>(first_key / kDropoutBlock * 16 + i % 16),
-            static_cast<uint32_t>(first_query + i / 16), head_number(args, at), kAttentionDomain));
+        dropped_tile[i] = static_cast<unsigned char>(
+            dropped_bits(dropout, static_cast<uint32_t>(first_key / kDropoutBlock * 16 + i % 16),
+                         static_cast<uint32_t>(at.position(first_query + i / 16)), head_number(args, at),
+                         kAttentionDomain));
     if (P::kStages == 2 && more)
       cp_async_wait<1>();
     else
@@ -218,6 +235,7 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     const T* do_rows = do_tiles + stage * P::kStreamed;
     const float* lse = lse_tiles + stage * P::kSteps;
     const float* delta = delta_tiles + stage * P::kSteps;
+    const int* position = position_tiles + stage * P::kSteps;
     const int sixteen = warp_key % kDropoutBlock / 16;
     const auto dropped = [&](int j, int i) {
       return (dropped_tile[(8 * j + 2 * t + i % 2) * 16 + g + i / 2 * 8] >> sixteen) & 1;
@@ -225,14 +243,14 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     float p[P::kSteps / 8][4];
     clear(p);
     multiply_transposed<P>(p, k_rows, q_rows, head_dim);
-    const bool masked = args.causal && first_key + P::kRows - 1 > first_query + offset;
+    const bool masked = args.causal && first_key + P::kRows - 1 > position[0] + offset;  // they rise
     FASTTUNE_UNROLL
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * j + 2 * t + i % 2;
         p[j][i] = exp2f(fmaf(p[j][i], scale, -lse[column]));
-        if (masked && warp_key + g + i / 2 * 8 > first_query + column + offset) p[j][i] = 0.0f;
+        if (masked && warp_key + g + i / 2 * 8 > position[column] + offset) p[j][i] = 0.0f;
       }
     }
     if constexpr (kDropout) {
@@ -270,10 +288,10 @@ __global__ void __launch_bounds__(P::kThreads, 2)
   const float scales[2] = {args.scale, args.scale};
   const float kept = kDropout ? dropout.scale : 1.0f, keeps[2] = {kept, kept};
   if (args.dkey.data)
-    store_rows<P>(k_rows, dk, scales, head_rows<T>(args.dkey, args, at), args.dkey.row, warp_key, keys,
+    store_rows<P>(k_rows, dk, scales, key_rows<T>(args.dkey, args, at), args.dkey.row, warp_key, keys,
                   head_dim, out_vectors);
   if (args.dvalue.data)
-    store_rows<P>(v_rows, dv, keeps, head_rows<T>(args.dvalue, args, at), args.dvalue.row, warp_key, keys,
+    store_rows<P>(v_rows, dv, keeps, key_rows<T>(args.dvalue, args, at), args.dvalue.row, warp_key, keys,
                   head_dim, out_vectors);
 }
 

@@ -26,14 +26,14 @@ __global__ void __launch_bounds__(P::kThreads)
   const Place at = locate(args, P::kRows, tiles, false);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
-  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows, offset = keys - queries;
-  const T* k_head = head_rows<T>(args.key, args, at);
-  const T* v_head = head_rows<T>(args.value, args, at);
+  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows, offset = causal_offset(at);
+  const T* k_head = key_rows<T>(args.key, args, at);
+  const T* v_head = key_rows<T>(args.value, args, at);
   // Keys from `last` on are seen by no query of the block, those before `full` by all.
   int last = keys, full = keys;
   if (args.causal) {
-    last = min(keys, min(first_query + P::kRows, queries) + offset);
-    full = first_query + offset + 1;
+    last = min(keys, at.position(min(first_query + P::kRows, queries) - 1) + 1 + offset);
+    full = at.position(first_query) + offset + 1;
   }
   const int steps = last > 0 ? divide_up(last, P::kSteps) : 0;
 
@@ -45,11 +45,12 @@ __global__ void __launch_bounds__(P::kThreads)
                             vectors);
     cp_async_commit();
   };
-  load_tile<P, P::kRows>(q_tile, head_rows<T>(args.query, args, at), args.query.row, first_query, queries,
+  load_tile<P, P::kRows>(q_tile, query_rows<T>(args.query, args, at), args.query.row, first_query, queries,
                          head_dim, vectors);
   if (steps > 0) stream(0);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_query = first_query + 16 * warp_index();
+  const int position[2] = {at.position(warp_query + g), at.position(warp_query + g + 8)};
   T* q_rows = q_tile + 16 * warp_index() * P::kPitch;
   const float scale = args.scale * kLog2e;
   float acc[P::kDim / 8][4], m[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(P::kThreads)
     }
     if (!FASTTUNE_SEEDED(kBugMissingTileSync)) __syncthreads();
     if constexpr (kDropout)
-      if (first_key % kDropoutBlock == 0) dropped.draw(dropout, first_key, warp_query, head_number(args, at));
+      if (first_key % kDropoutBlock == 0) dropped.draw(dropout, first_key, position, head_number(args, at));
 
     float s[P::kSteps / 8][4];
     clear(s);
@@ -80,8 +81,8 @@ __global__ void __launch_bounds__(P::kThreads)
       for (int i = 0; i < 4; ++i) {
         s[j][i] *= scale;
         if (masked) {
-          const int key = first_key + 8 * j + 2 * t + i % 2, query = warp_query + g + i / 2 * 8;
-          if (key >= keys || (args.causal && key > query + offset)) s[j][i] = -INFINITY;
+          const int key = first_key + 8 * j + 2 * t + i % 2;
+          if (key >= keys || (args.causal && key > position[i / 2] + offset)) s[j][i] = -INFINITY;
         }
       }
     }
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(P::kThreads)
     cp_async_wait<0>();
     __syncthreads();
   }
-  store_rows<P>(q_rows, acc, factor, head_rows<T>(args.out, args, at), args.out.row, warp_query, queries,
+  store_rows<P>(q_rows, acc, factor, query_rows<T>(args.out, args, at), args.out.row, warp_query, queries,
                 head_dim, out_vectors);
 }
 

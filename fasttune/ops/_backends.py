@@ -23,6 +23,10 @@ _implemented: dict[str, tuple[str, ...]] = {}
 # been timed yet.
 TORCH_WINS_BELOW: dict[tuple[str, str], int] = {}
 
+# Operations for which "auto" takes the CUDA C++ kernels before Triton's, where they run. Each entry names the
+# measurement it comes from (benchmarks/gpu.py races the two). Empty, for the same reason.
+CUDA_BEATS_TRITON: frozenset[str] = frozenset()
+
 
 def declare(operation: str, *backends: str) -> None:
     _implemented[operation] = backends
@@ -90,8 +94,10 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _decide(operation: str, device: str, dtype: torch.dtype, backend: str | None, environment: str | None) -> str:
     requested = backend or environment or "auto"
     if requested == "auto":
-        preferred = "cpp" if device == "cpu" else "triton"
-        return preferred if why_not(operation, preferred, device, dtype) is None else "torch"
+        preferred = ["cpp"] if device == "cpu" else ["triton"]
+        if device != "cpu" and operation in CUDA_BEATS_TRITON:
+            preferred.insert(0, "cuda")
+        return next((name for name in preferred if why_not(operation, name, device, dtype) is None), "torch")
     source = "backend=" if backend is not None else "FASTTUNE_BACKEND="
     if requested not in BACKENDS:
         raise ValueError(f"{source}{requested!r} is unknown; expected one of {', '.join(BACKENDS)} or auto.")

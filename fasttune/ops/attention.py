@@ -358,7 +358,11 @@ _attention_chosen_backward = Operator(
     "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens,"
     " Tensor cu_seqlens_q, Tensor positions_q, Tensor? seed, bool causal, float scale, float dropout_p,"
     " bool[] needed) -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_chosen_backward, "triton": _triton.lazy("attention", "chosen_backward")},
+    {
+        "cpp": _cpp_chosen_backward,
+        "triton": _triton.lazy("attention", "chosen_backward"),
+        "cuda": _cuda_attention.chosen_backward,
+    },
     _fake_backward,
     public=3,
 )
@@ -366,7 +370,11 @@ _attention_chosen = Operator(
     "attention_chosen_queries",
     "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor cu_seqlens_q, Tensor positions_q,"
     " int? max_seqlen, Tensor? seed, bool causal, float scale, float dropout_p) -> (Tensor, Tensor)",
-    {"cpp": _cpp_chosen_forward, "triton": _triton.lazy("attention", "chosen_forward")},
+    {
+        "cpp": _cpp_chosen_forward,
+        "triton": _triton.lazy("attention", "chosen_forward"),
+        "cuda": _cuda_attention.chosen_forward,
+    },
     _fake_forward,
     setup_context=_setup_chosen_context,
     backward=_chosen_backward,
@@ -401,8 +409,8 @@ def attention(
     cu_seqlens_q, positions_q: queries of some positions only, against all keys. query is then (R, H, D); cu_seqlens_q
         (N + 1,) holds the first query of each sequence, positions_q int32 or int64 (R,) each query's position in its
         sequence, rising, counted from 0. Such a row is what it would be among all: causal and dropout go by position.
-        "cuda" does not have it.
-    backend: "cpp", "torch" or None to choose. The kernels take head dimensions 16 to 128; None picks torch for others.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose. The kernels take head dimensions 16 to 128; None picks
+        torch for others.
 
     Returns a contiguous tensor of query's shape. A query that sees no key gives 0 and passes no gradient. Backward
     recomputes the weights from the log-sum-exp of each row; memory beyond the gradients is O(S). Results do not depend

@@ -177,7 +177,7 @@ def cross_entropy(
     ignore_index: rows with this label count nowhere and get a zero gradient.
     label_smoothing: share of the target spread evenly over the classes (Szegedy et al. 2015).
     reduction: "mean" (divides by the sum of the labels' weights; NaN if no row counts), "sum" or "none".
-    backend: "cpp", "triton", "torch" or None to choose.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose.
 
     Returns a scalar, or (...) for reduction "none"; in the logits' dtype, under autocast in float32.
 

@@ -81,7 +81,7 @@ def dropout(
     residual: x's shape, dtype and device; added after the dropout.
     row_ids: int64 (rows,), the logical number of each row, rows = x.numel() / columns; a row keeps its mask wherever it
         stands in x. None means 0, 1, 2, ...
-    backend: "cpp", "torch" or None to choose.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose.
 
     Returns a tensor like x. Source: Salmon et al. 2011 (Philox 4x32-10); Srivastava et al. 2014.
 

@@ -111,7 +111,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, approximate: str = "none", back
     x: (..., columns), any strides, float32, bfloat16 or float16 (float64 on the torch backend).
     bias: (columns,), in x's dtype or float32, or None.
     approximate: "none" for Φ by erf, "tanh" for (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2, Transformers' "gelu_new".
-    backend: "cpp", "torch" or None to choose.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose.
 
     Returns a tensor like x, computed in float32 and rounded once. Nothing but x and bias is kept for backward, which
     computes the bias gradient in the same pass. Source: Hendrycks and Gimpel 2016.

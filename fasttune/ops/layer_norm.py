@@ -314,7 +314,7 @@ def layer_norm(
     x: (..., columns), any strides, float32, bfloat16 or float16 (float64 on the torch backend).
     weight, bias: (columns,), in x's dtype or float32, or None for ones and zeros.
     eps: added to the variance, in squared units of x.
-    backend: "cpp", "torch" or None to choose.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose.
 
     Returns a tensor like x, computed in float32 and rounded once. Source: Ba, Kiros and Hinton 2016.
 
@@ -354,7 +354,7 @@ def dropout_add_layer_norm(
         (LN(sum), sum); the sum goes on as the residual stream and may have a gradient of its own.
     row_ids: int64 (rows,), the logical number of each row for the dropout, rows = x.numel() / columns; None means
         0, 1, 2, ...
-    backend: "cpp", "torch" or None to choose.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose.
 
     Returns one or two tensors of x's shape, computed in float32; the sum is rounded before it is normalised, so that
     the first result is exactly the norm of the second. Sources: Ba, Kiros and Hinton 2016; docs/dropout.md.

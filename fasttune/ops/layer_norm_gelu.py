@@ -164,7 +164,7 @@ def layer_norm_gelu(
     weight, bias: (columns,), in x's dtype or float32, or None for ones and zeros.
     eps: added to the variance, in squared units of x.
     approximate: "none" for GELU by erf, "tanh" for the form that Transformers calls "gelu_new".
-    backend: "cpp", "torch" or None to choose.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose.
 
     Returns a tensor like x, computed in float32 and rounded once. Sources: Ba, Kiros and Hinton 2016; Hendrycks and
     Gimpel 2016.

@@ -69,7 +69,8 @@ class Linear(Patched, nn.Linear):
         source: RowSource = input.source if isinstance(input, LazyRows) else TensorRows(input)
         logits = LinearRows(source, head_view(self.weight), self.bias)
         logits.note = self._fasttune.aside
-        logits.backend, logits.select = self._fasttune.backend, self._fasttune.selects_rows
+        logits.backend = self._fasttune.backend
+        logits.select = source.select = source.select and self._fasttune.selects_rows
         return input.with_source(logits) if isinstance(input, LazyRows) else LazyRows.of(logits, input.shape[:-1])
 
     def _defers(self, input: Tensor) -> bool:

@@ -32,6 +32,7 @@ class RowSource:
     features: int
     dtype: torch.dtype
     device: torch.device
+    select = True  # whether rows that nobody reads are left out; to find them a GPU has to tell their number
 
     def __init__(self, parameters: Iterable[Tensor | None]) -> None:
         self._parameters = [(p, p._version, p.data_ptr()) for p in parameters if p is not None]
@@ -96,13 +97,11 @@ class MappedRows(RowSource):
 
 
 class LinearRows(RowSource):
-    """Rows of linear(source): logits. Their cross-entropy is computed without them; `note` is told if they are read.
-
-    backend: of that loss. select: whether it looks for the rows that carry a label, whose number a GPU has to tell."""
+    """Rows of linear(source): logits. Their cross-entropy, on `backend`, is computed without them; `note` is told where
+    they are read."""
 
     note: Callable[[str], None] | None = None
     backend: str | None = None
-    select: bool = True
 
     def __init__(self, source: RowSource, weight: Tensor, bias: Tensor | None) -> None:
         self.source, self.weight, self.bias = source, weight, bias
@@ -183,6 +182,8 @@ class LazyRows(Tensor):
             ids = self.ids.reshape(-1)
         if self.everything and ids.numel() == self.ids.numel():
             return self.source.rows(None)
+        if not self.source.select:
+            return self.source.rows(None).index_select(0, ids)
         return self.source.rows(ids) if self.rising else pick_rows(self.source, ids)
 
     def root(self) -> LazyRows:

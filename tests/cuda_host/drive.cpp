@@ -243,7 +243,8 @@ void cross_entropy(int dtype, int64_t classes) {
 }
 
 void attention(const char* operation, int dtype, int64_t sequences, int64_t queries, int64_t keys,
-               int64_t heads, int64_t head_dim, std::vector<int> offsets) {
+               int64_t heads, int64_t head_dim, std::vector<int> offsets, std::vector<int> query_offsets = {},
+               std::vector<int> positions = {}) {
   const std::string name = label(operation, dtype, head_dim);
   if (!wanted(name)) return;
   const int64_t width = heads * head_dim;
@@ -268,6 +269,8 @@ void attention(const char* operation, int dtype, int64_t sequences, int64_t quer
   args.heads = heads;
   args.head_dim = head_dim;
   args.offsets = offsets.empty() ? nullptr : offsets.data();
+  args.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
+  args.positions = positions.empty() ? nullptr : positions.data();
   args.causal = 1;
   args.scale = 0.3f;
   args.dropout = dropout_options();
@@ -315,6 +318,8 @@ int main(int count, char** arguments) {
     cross_entropy(dtype, 5003);
     attention("attention", dtype, 1, 70, 100, 1, 40, {});
     attention("attention_packed", dtype, 4, 110, 110, 1, 72, {0, 20, 20, 85, 110});
+    attention("attention_chosen", dtype, 4, 6, 110, 1, 24, {0, 20, 20, 85, 110}, {0, 1, 1, 5, 6},
+              {19, 0, 30, 31, 64, 3});
   }
   return 0;
 }

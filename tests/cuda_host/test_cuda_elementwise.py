@@ -1,11 +1,17 @@
 """The CUDA dropout and bias + GELU, run on the host: masks bit for bit, values against float64."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import DTYPES, assert_same_math
 
 from cuda_host import building
+from cuda_host.masks import masks
 from fasttune import ops
 from fasttune.ops._reference.philox import elementwise_keep_mask, keep_scale
 from fasttune.ops.dropout import _dropout
@@ -25,8 +31,22 @@ def test_mask_is_the_references_bit_for_bit(rows, columns, p):
 
 
 @NEEDS_CPP
+def test_masks_are_those_of_cpp():
+    assert all(map(torch.equal, masks("cuda"), masks("cpp")))
+
+
+@pytest.mark.skipif(building.ON_GPU, reason="compares on CPU tensors")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_masks_are_those_of_triton(tmp_path):
+    script, file = building.HARNESS / "masks.py", tmp_path / "masks.pt"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(building.ROOT)}
+    subprocess.run([sys.executable, str(script), str(file)], env=environment, check=True)
+    assert all(map(torch.equal, masks("cuda"), torch.load(file)))
+
+
+@NEEDS_CPP
 @pytest.mark.parametrize("columns", [384, 701])
-def test_mask_is_the_cpp_one(columns):
+def test_dropout_has_the_bits_of_cpp(columns):
     x, seed = torch.randn(70, columns), torch.tensor([7])
     assert torch.equal(*(_dropout(x, x, None, seed, 0.1, backend) for backend in ("cpp", "cuda")))
 

@@ -50,11 +50,21 @@ def test_machines(monkeypatch, built_for, found, capability, problem, reason):
     assert _cuda.why_not("cuda") == reason
 
 
+def test_auto_takes_it_where_it_was_measured_to_win(monkeypatch):
+    monkeypatch.setattr(_backends, "why_not", lambda operation, backend, *where: None)
+    assert _backends._decide("bias_gelu", "cuda", torch.float32, None, None) == "triton"
+    monkeypatch.setattr(_backends, "CUDA_BEATS_TRITON", frozenset({"bias_gelu"}))
+    assert _backends._decide("bias_gelu", "cuda", torch.float32, None, None) == "cuda"
+    assert _backends._decide("bias_gelu", "cpu", torch.float32, None, None) == "cpp"
+    monkeypatch.setattr(_backends, "why_not", lambda operation, backend, *where: "" if backend == "cuda" else None)
+    assert _backends._decide("bias_gelu", "cuda", torch.float32, None, None) == "triton"
+
+
 def test_the_operations_that_have_it():
     having = {name for name in _backends.operations() if "cuda" in _backends._implemented[name]}
     assert having == {
-        *("attention", "layer_norm", "dropout_add_layer_norm", "layer_norm_gelu", "gelu_layer_norm"),
-        *("bias_gelu", "dropout", "cross_entropy"),
+        *("attention", "attention_chosen_queries", "layer_norm", "dropout_add_layer_norm"),
+        *("layer_norm_gelu", "gelu_layer_norm", "bias_gelu", "dropout", "cross_entropy"),
     }
 
 

@@ -23,8 +23,9 @@ void bind_host(py::module_& module);  // tests/cuda_host
 
 namespace {
 
-using Address = uintptr_t;            // 0 stands for a tensor that is not there
-using Rows = std::array<int64_t, 4>;  // address and strides of sequence, row and head
+using Address = uintptr_t;               // 0 stands for a tensor that is not there
+using Rows = std::array<int64_t, 4>;     // address and strides of sequence, row and head
+using Offsets = std::array<Address, 3>;  // cu_seqlens, cu_seqlens_q, positions_q
 
 template <class T>
 T* pointer(Address address) {
@@ -111,8 +112,8 @@ void layer_norm_backward(int dtype, int x_dtype, int weight_dtype, int bias_dtyp
 
 fasttune_attention_args attention_args(int dtype, const std::array<int64_t, 5>& sizes, const Rows& query,
                                        const Rows& key, const Rows& value, const Rows& out, Address lse,
-                                       Address offsets, bool offsets_are_64_bit, bool causal, double scale,
-                                       Address seed, double dropout_p) {
+                                       const Offsets& offsets, bool offsets_are_64_bit, bool causal,
+                                       double scale, Address seed, double dropout_p) {
   fasttune_attention_args args{};
   args.dtype = dtype;
   args.sequences = sizes[0];
@@ -120,7 +121,9 @@ fasttune_attention_args attention_args(int dtype, const std::array<int64_t, 5>& 
   args.keys = sizes[2];
   args.heads = sizes[3];
   args.head_dim = sizes[4];
-  args.offsets = pointer<const void>(offsets);
+  args.offsets = pointer<const void>(offsets[0]);
+  args.query_offsets = pointer<const void>(offsets[1]);
+  args.positions = pointer<const int32_t>(offsets[2]);
   args.offsets_are_64_bit = offsets_are_64_bit;
   args.causal = causal;
   args.scale = static_cast<float>(scale);
@@ -248,7 +251,7 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
   module.def(
       "attention_forward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
-         const Rows& value, const Rows& out, Address lse, Address offsets, bool offsets_are_64_bit,
+         const Rows& value, const Rows& out, Address lse, const Offsets& offsets, bool offsets_are_64_bit,
          bool causal, double scale, Address seed, double dropout_p, Address stream) {
         const fasttune_attention_args args =
             attention_args(dtype, sizes, query, key, value, out, lse, offsets, offsets_are_64_bit, causal,
@@ -260,7 +263,7 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
       "attention_backward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
-         const Rows& dkey, const Rows& dvalue, Address delta, Address offsets, bool offsets_are_64_bit,
+         const Rows& dkey, const Rows& dvalue, Address delta, const Offsets& offsets, bool offsets_are_64_bit,
          bool causal, double scale, Address seed, double dropout_p, Address stream) {
         fasttune_attention_args args = attention_args(dtype, sizes, query, key, value, out, lse, offsets,
                                                       offsets_are_64_bit, causal, scale, seed, dropout_p);

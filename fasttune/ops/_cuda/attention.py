@@ -30,11 +30,18 @@ def _sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None) -> tuple[int, 
     if cu_seqlens is None:
         sequences, queries, heads, head_dim = query.shape
         return sequences, queries, key.shape[1], heads, head_dim
-    return cu_seqlens.shape[0] - 1, query.shape[0], query.shape[0], query.shape[1], query.shape[2]
+    return cu_seqlens.shape[0] - 1, query.shape[0], key.shape[0], query.shape[1], query.shape[2]
 
 
-def _offsets(cu_seqlens: Tensor | None) -> tuple[int, bool]:
-    return address(cu_seqlens), cu_seqlens is not None and cu_seqlens.dtype == torch.int64
+def _offsets(
+    cu_seqlens: Tensor | None, cu_seqlens_q: Tensor | None, positions_q: Tensor | None
+) -> tuple[list[Tensor | None], bool]:
+    """As the library reads them: both offsets in one dtype, positions int32; and whether the offsets are int64."""
+    if cu_seqlens_q is not None and positions_q is not None:
+        assert cu_seqlens is not None
+        cu_seqlens_q, positions_q = cu_seqlens_q.to(cu_seqlens.dtype), positions_q.to(torch.int32)
+    wide = cu_seqlens is not None and cu_seqlens.dtype == torch.int64
+    return [_cuda.contiguous(part) for part in (cu_seqlens, cu_seqlens_q, positions_q)], wide
 
 
 def forward(
@@ -47,10 +54,12 @@ def forward(
     causal: bool,
     scale: float,
     dropout_p: float,
+    cu_seqlens_q: Tensor | None = None,
+    positions_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """fasttune::attention."""
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
-    cu_seqlens = _cuda.contiguous(cu_seqlens)
+    offsets, wide = _offsets(cu_seqlens, cu_seqlens_q, positions_q)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse_shape = (*query.shape[:-3], query.shape[-2], query.shape[-3])
     lse = torch.empty(lse_shape, dtype=torch.float32, device=query.device)
@@ -64,7 +73,8 @@ def forward(
         _rows(value),
         _rows(out),
         lse.data_ptr(),
-        *_offsets(cu_seqlens),
+        list(map(address, offsets)),
+        wide,
         causal,
         scale,
         address(seed),
@@ -82,10 +92,12 @@ def _run_backward(
     causal: bool,
     scale: float,
     dropout_p: float,
+    cu_seqlens_q: Tensor | None = None,
+    positions_q: Tensor | None = None,
 ) -> None:
     query, key, value, out, lse = tensors
     query, key, value, dout = _unit_stride(query), _unit_stride(key), _unit_stride(value), _unit_stride(dout)
-    cu_seqlens = _cuda.contiguous(cu_seqlens)
+    offsets, wide = _offsets(cu_seqlens, cu_seqlens_q, positions_q)
     delta = torch.empty_like(lse)
     _cuda.call(
         "attention_backward",
@@ -100,7 +112,8 @@ def _run_backward(
         _rows(dout),
         *(_rows(gradient) for gradient in gradients),
         delta.data_ptr(),
-        *_offsets(cu_seqlens),
+        list(map(address, offsets)),
+        wide,
         causal,
         scale,
         address(seed),
@@ -121,6 +134,8 @@ def backward(
     scale: float,
     dropout_p: float,
     needed: list[bool],
+    cu_seqlens_q: Tensor | None = None,
+    positions_q: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """fasttune::attention_backward: a gradient that nobody needs is an empty tensor."""
     gradients = [
@@ -129,8 +144,40 @@ def backward(
     ]
     dquery, dkey, dvalue = (x if need else None for x, need in zip(gradients, needed, strict=True))
     tensors = (query, key, value, out, lse)
-    _run_backward(dout, tensors, (dquery, dkey, dvalue), cu_seqlens, seed, causal, scale, dropout_p)
+    wanted = (dquery, dkey, dvalue)
+    _run_backward(dout, tensors, wanted, cu_seqlens, seed, causal, scale, dropout_p, cu_seqlens_q, positions_q)
     return tuple(gradients)
+
+
+def chosen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    positions_q: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """fasttune::attention_chosen_queries."""
+    every = (*options, cu_seqlens_q, positions_q)
+    return forward(query, key, value, cu_seqlens, *every)
+
+
+def chosen_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    positions_q: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """fasttune::attention_chosen_queries_backward."""
+    every = (*options, cu_seqlens_q, positions_q)
+    return backward(dout, query, key, value, out, lse, cu_seqlens, *every)
 
 
 def packed_qkv_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
