@@ -2,7 +2,7 @@
 
 The interpreter keeps bfloat16 as raw uint16 bits. Triton 3.9 computes `+`, `*` and `tl.dot` on those bits, and its
 casts from float32 truncate. Here every operation widens to float32, computes there, and rounds to nearest, ties to
-even: what the hardware does for one operation.
+even: what the hardware does for one operation. `tl.dot` into float32 does not depend on which operand is transposed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,12 @@ def install() -> None:
         return _bf16((_values(x).astype(np.float64) * _values(y) + _values(z)).astype(np.float32))
 
     def create_dot(self, a, b, d, *options):
-        return stock_dot(self, _float32(a), _float32(b), d, *options)
+        if d.dtype.scalar != tl.float32 or a.dtype.primitive_bitwidth == 8 or b.dtype.primitive_bitwidth == 8:
+            return stock_dot(self, _float32(a), _float32(b), d, *options)
+        # NumPy adds up the terms of (b^T a^T)^T in another order than those of a b, and transposed scores would differ
+        # from the log-sum-exp that they belong to, as on no GPU. Rounded once, there is no order.
+        product = np.matmul(_values(a).astype(np.float64), _values(b).astype(np.float64))
+        return TensorHandle(product.astype(np.float32) + d.data, tl.float32)
 
     def apply_impl(self, inputs):
         if not all(tensor.dtype == tl.bfloat16 for tensor in inputs):

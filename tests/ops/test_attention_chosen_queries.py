@@ -142,5 +142,3 @@ def test_bad_input_is_named():
         call(positions_q=positions[:2])
     with pytest.raises(TypeError, match=r"positions_q is .*expected int32 or int64"):
         call(positions_q=positions.float())
-    with pytest.raises(RuntimeError, match=r"attention_chosen_queries has no cuda implementation"):
-        call(backend="cuda")
