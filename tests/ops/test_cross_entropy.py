@@ -70,7 +70,7 @@ def test_matches_torch_in_every_dtype(isa, dtype, rows):
 
 
 # Few elements make stock right by luck, which no budget derived from its error can allow for: at least 4 x 20.
-@settings(max_examples=either(40, 12), deadline=None, derandomize=True)
+@settings(max_examples=either(40, 8), deadline=None, derandomize=True)
 @given(
     rows=st.integers(4, 9),
     classes=st.integers(20, 2100),

@@ -47,7 +47,7 @@ def test_vectorised_mask_follows_the_scalar_specification():
 
 
 @needs_fused
-@settings(max_examples=either(40, 20), deadline=None)
+@settings(max_examples=either(40, 8), deadline=None)
 @given(
     rows=st.integers(0, 5),
     columns=st.integers(0, 400),

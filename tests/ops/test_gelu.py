@@ -46,8 +46,10 @@ def test_forward_and_gradients_match_the_reference(isa, dtype, approximate):
 @pytest.mark.parametrize("approximate", APPROXIMATE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_bias_beside_16_bit_x(isa, dtype, approximate):
+    torch.manual_seed(0)
     x, bias = torch.randn(33, 100).to(dtype), torch.randn(100)
-    assert_same_math(_ours(approximate), _stock(approximate), [x, bias], ["x", "bias"])
+    upside_down = [lambda x, bias: _stock(approximate)(x.flip(0), bias).flip(0)]  # a sum over rows in another order
+    assert_same_math(_ours(approximate), _stock(approximate), [x, bias], ["x", "bias"], again=upside_down)
 
 
 @pytest.mark.parametrize("approximate", APPROXIMATE)
@@ -87,7 +89,7 @@ def test_tanh_form_is_transformers_gelu_new():
 
 
 @needs_fused
-@settings(max_examples=either(40, 15), deadline=None)
+@settings(max_examples=either(40, 8), deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), max_size=2),
     columns=st.integers(20, 300),

@@ -176,7 +176,7 @@ def test_dropout_of_everything_leaves_the_residual(isa):
 
 
 @needs_fused
-@settings(max_examples=either(40, 15), deadline=None)
+@settings(max_examples=either(40, 8), deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), max_size=2),
     columns=st.integers(20, 300),

@@ -50,7 +50,7 @@ def test_fp32_parameters_beside_16_bit_x(isa, dtype, operation):
 
 
 @needs_fused
-@settings(max_examples=either(30, 15), deadline=None)
+@settings(max_examples=either(30, 8), deadline=None)
 @given(
     operation=st.sampled_from(OPERATIONS),
     shape=st.lists(st.integers(0, 9), max_size=2),

@@ -145,7 +145,7 @@ def test_float32_weights_under_low_precision_inputs(small_chunks, monkeypatch):
 
 
 # From 8 rows and 16 features on, the largest error says something: with fewer, stock is often right by luck.
-@settings(max_examples=either(30, 12), deadline=None, derandomize=True)
+@settings(max_examples=either(30, 8), deadline=None, derandomize=True)
 @given(
     rows=st.integers(8, 40),
     features=st.integers(16, 40),
