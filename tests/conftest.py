@@ -46,6 +46,12 @@ def isa(request):
 
 
 @pytest.fixture(autouse=True)
+def same_numbers():
+    """What a test draws does not depend on the tests before it in the same process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN, so that an output element nobody writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()

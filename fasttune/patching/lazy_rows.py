@@ -178,8 +178,7 @@ class LazyRows(Tensor):
 
     def pick(self, ids: Tensor | None) -> Tensor:
         """The source's rows at some of this tensor's ids (R,), in the order that they have here; None: all of them."""
-        if ids is None:
-            ids = self.ids.reshape(-1)
+        ids = (self.ids if ids is None else ids).reshape(-1).contiguous()
         if self.everything and ids.numel() == self.ids.numel():
             return self.source.rows(None)
         if not self.source.select:
