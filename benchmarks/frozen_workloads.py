@@ -134,7 +134,9 @@ def needed(config: Any, part: Part, batch: Batch, *, whole_last_layer: bool = Fa
 def _side(name: str, config: Any, part: Part, batch: Batch) -> Step:
     torch.manual_seed(0)
     model = BertForSequenceClassification(copy.deepcopy(config))
-    if name == OURS:
+    if name == OURS and part.kind == FEATURES:  # the encoder is called by itself, and nobody reads its padding
+        fasttune.patch(model.base_model, packing=True)
+    elif name == OURS:
         fasttune.patch(model)
     else:
         model.set_attn_implementation("eager" if name == "stock eager" else "sdpa")

@@ -22,13 +22,13 @@ from style import FASTTUNE, GREY, INK, STOCK
 STEP, OVERHEAD = "training step", "overhead"
 
 METHOD = """\
-Every row is a race in one process: each round runs every peer once, the needed matrix products once, and fasttune once.
-Times are medians over the rounds; a ratio is the median of the ratios within the rounds, with its quartiles, so that
-drift of the machine cancels. *Needed products* are the linear layers' and attention's products that the work cannot do
-without (`benchmarks/products.py` says which), timed through torch at exactly their shapes in the same rounds: 1.00× is
-the limit. GB/s is the least traffic the work needs (inputs and output forward; inputs, upstream gradient and gradients
-backward) over fasttune's time. Extra memory is a step's peak beyond inputs, output and gradients, each side in a
-process of its own."""
+Every row is a race in one process: each round runs every peer once, the needed matrix products once, and fasttune
+once. Times are medians over the rounds; a ratio is the median of the ratios within the rounds, with its quartiles, so
+that drift of the machine cancels. *Needed products* are the linear layers' and attention's products that the work
+cannot do without (`benchmarks/needed.py`, `products.py`), timed through torch at exactly their shapes in the same
+rounds: 1.00× is the limit. GB/s is the least traffic the work needs (inputs and output forward; inputs, upstream
+gradient and gradients backward) over fasttune's time. Extra memory is a step's peak beyond inputs, output and
+gradients, each side in a process of its own."""
 
 
 def ms(value: float) -> str:

@@ -215,8 +215,8 @@ def panel(result: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bert-steps", type=int, default=50, help="0 leaves BERT out")
-    parser.add_argument("--gpt2-steps", type=int, default=150, help="0 leaves GPT-2 out")
+    parser.add_argument("--bert-steps", type=int, default=40, help="0 leaves BERT out")
+    parser.add_argument("--gpt2-steps", type=int, default=100, help="0 leaves GPT-2 out")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for demo.png and demo.json")
     parser.add_argument("--probe", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--patch", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)
@@ -243,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print()
         console.print(table(result))
         for side, text in zip(NAMES, result["samples"], strict=False):
-            console.print(Panel(Text(text), title=f"{side} continues", width=100))
+            lines = [line for line in text.splitlines() if line.strip()]  # so small a model loves the empty line
+            console.print(Panel(Text("\n".join(lines)), title=f"{side} continues", width=100))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "demo.json").write_text(json.dumps(results, indent=1))
     plot(args.out / "demo.png", [panel(result) for result in results])
