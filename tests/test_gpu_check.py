@@ -110,3 +110,13 @@ def test_models_are_patched_with_what_a_backend_has(backend):
         for rule in family_named(name).replacements:
             if rule.operation and options.wants(rule.group):
                 assert backend in _backends._implemented[rule.operation], rule.operation
+
+
+def test_what_there_is_no_time_for_fails(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "DEADLINE": "0"}
+    run = subprocess.run(["bash", "scripts/gpu_check.sh", str(tmp_path)], cwd=ROOT, env=environment)
+    assert run.returncode == 1
+    stages = {
+        stage["name"]: stage["outcome"] for stage in json.loads((tmp_path / "summary.json").read_text())["stages"]
+    }
+    assert stages["parity"] == stages["benchmarks"] == "failed (no time left)"

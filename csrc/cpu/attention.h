@@ -28,7 +28,7 @@ struct AttentionArgs {
   int64_t queries, keys;   // of every sequence, when dense
   const int64_t* offsets;  // packed: (N + 1,) first row of each sequence, shared by q, k and v; or null
   // Packed, with queries of some positions only: (N + 1,) first query of each sequence, and each query's
-  // position in its sequence, rising; or both null.
+  // position in its sequence, never falling; or both null.
   const int64_t* query_offsets;
   const int32_t* positions;
   bool causal;          // query i sees keys j <= i + K - Q, or j <= positions[i]

@@ -159,7 +159,7 @@ typedef struct {
       head_dim;        /* packed: all rows of query, of key; head_dim 16 to 128 */
   const void* offsets; /* packed: (N + 1,) first row of each sequence; or null */
   /* Packed, with queries of some positions only: (N + 1,) first query of each sequence, and each query's
-   * position in its sequence, rising; or both null. */
+   * position in its sequence, never falling; or both null. */
   const void* query_offsets;
   const int32_t* positions; /* (queries,) */
   int offsets_are_64_bit;   /* both offsets */

@@ -86,12 +86,12 @@ def check_positions(positions_q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens
             " expected a position in it, counted from 0."
         )
     owner = torch.repeat_interleave(counts)
-    stalls = (positions_q.diff() <= 0) & (owner.diff() == 0)
-    if bool(stalls.any()):
-        at = int(stalls.nonzero()[0]) + 1
+    falls = (positions_q.diff() < 0) & (owner.diff() == 0)
+    if bool(falls.any()):
+        at = int(falls.nonzero()[0]) + 1
         raise ValueError(
             f"attention: positions_q goes from {int(positions_q[at - 1])} to {int(positions_q[at])} at row {at};"
-            " expected positions that rise within a sequence."
+            " expected positions that never fall within a sequence."
         )
 
 
@@ -408,7 +408,8 @@ def attention(
     max_seqlen: length of the longest packed sequence, if known; saves the torch backend from computing it.
     cu_seqlens_q, positions_q: queries of some positions only, against all keys. query is then (R, H, D); cu_seqlens_q
         (N + 1,) holds the first query of each sequence, positions_q int32 or int64 (R,) each query's position in its
-        sequence, rising, counted from 0. Such a row is what it would be among all: causal and dropout go by position.
+        sequence, never falling, counted from 0. Such a row is what it would be among all: causal and dropout go by
+        position.
     backend: "cpp", "triton", "cuda", "torch" or None to choose. The kernels take head dimensions 16 to 128; None picks
         torch for others.
 

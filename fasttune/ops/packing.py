@@ -38,8 +38,11 @@ class PackedBatch:
     shape: tuple[int, int]
 
     @staticmethod
-    def from_mask(attention_mask: Tensor) -> PackedBatch:
-        """From a mask (B, S), bool or 0/1 of any dtype: one sequence per row. Reads the token count back from a GPU.
+    def from_mask(attention_mask: Tensor, *, total: int | None = None, longest: int | None = None) -> PackedBatch:
+        """From a mask (B, S), bool or 0/1 of any dtype: one sequence per row.
+
+        total, longest: the number of ones, and of those in the row that has most. Where they are not given they are
+        read back from a GPU.
 
         Raises ValueError unless the mask has two dimensions, TypeError unless it is a tensor.
         """
@@ -52,25 +55,29 @@ class PackedBatch:
         real = attention_mask != 0
         lengths = real.sum(1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        indices = real.flatten().nonzero().squeeze(1)
-        longest = int(lengths.max()) if lengths.numel() else 0
-        return PackedBatch(indices, cu_seqlens, longest, (real.shape[0], real.shape[1]))
+        if longest is None:
+            longest = int(lengths.max()) if lengths.numel() else 0
+        return PackedBatch(places(real, total), cu_seqlens, longest, (real.shape[0], real.shape[1]))
 
     @staticmethod
-    def from_position_ids(position_ids: Tensor) -> PackedBatch:
+    def from_position_ids(
+        position_ids: Tensor, *, sequences: int | None = None, longest: int | None = None
+    ) -> PackedBatch:
         """From position ids (B, S) that restart at 0 wherever a sequence begins: every token is real, and each row is
         cut at its restarts (what DataCollatorWithFlattening produces, B = 1).
+
+        sequences, longest: how many there are, and the length of the longest. Where they are not given they are read
+        back from a GPU.
 
         Raises ValueError unless position_ids has two dimensions.
         """
         if position_ids.dim() != 2:
             raise ValueError(f"pack: position_ids is {describe(position_ids)}; expected shape (B, S).")
-        starts = torch.ones_like(position_ids, dtype=torch.bool)
-        starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        first = starts.flatten().nonzero().squeeze(1).to(torch.int32)
+        first = places(sequence_starts(position_ids), sequences).to(torch.int32)
         total = torch.full((1,), position_ids.numel(), dtype=torch.int32, device=position_ids.device)
         cu_seqlens = torch.cat((first, total)) if position_ids.numel() else total
-        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+        if longest is None:
+            longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
         indices = torch.arange(position_ids.numel(), device=position_ids.device)
         return PackedBatch(indices, cu_seqlens, longest, (position_ids.shape[0], position_ids.shape[1]))
 
@@ -90,6 +97,24 @@ class PackedBatch:
     def is_full(self) -> bool:
         """Whether there is no padding at all."""
         return self.total == self.shape[0] * self.shape[1]
+
+
+def sequence_starts(position_ids: Tensor) -> Tensor:
+    """Bool (B, S): where a sequence begins: a row's first token, and wherever position ids (B, S) do not go on."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts
+
+
+def places(mask: Tensor, count: int | None = None) -> Tensor:
+    """mask.flatten().nonzero() as int64 (count,), rising. If told the count, a GPU's host reads nothing back."""
+    flat = mask.flatten()
+    if count is None:
+        return flat.nonzero().squeeze(1)
+    # Each one goes to the slot of its rank, all zeros to a slot behind the last.
+    slots = torch.where(flat, flat.cumsum(0) - 1, count).clamp(max=count)
+    found = torch.zeros(count + 1, dtype=torch.int64, device=flat.device)
+    return found.scatter_(0, slots, torch.arange(flat.numel(), device=flat.device))[:count]
 
 
 def _gather(rows: Tensor, indices: Tensor, count: int) -> Tensor:

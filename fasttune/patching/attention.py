@@ -25,8 +25,9 @@ from transformers.utils.output_capturing import _active_collector
 
 from fasttune import ops
 from fasttune.patching import plan as plans
+from fasttune.patching.facts import Facts, facts_of, facts_of_call
 from fasttune.patching.plan import Plan, plan_of
-from fasttune.patching.rows import call_of, in_training, note_on_running_call, why_padding_is_read
+from fasttune.patching.rows import call_of, in_training, may_trim, note_on_running_call, why_padding_is_read
 from fasttune.patching.stack import why_not_across
 from fasttune.patching.state import ModulePatch, patch_of, reading_waits, runs_fused
 
@@ -59,21 +60,28 @@ def mask(
     eager = getattr(config, "_attn_implementation", None) == OVER_EAGER and attentions_wanted()
     causal = mask_function is causal_mask_function
     plain = (causal or mask_function is bidirectional_mask_function) and q_length == kv_length and kv_offset == 0
+    without_looking = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}  # for ones alone
     if attention_mask is not None and not _may_read(config, attention_mask):
-        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        kwargs |= without_looking
     elif local_size is None and not eager and not torch.compiler.is_compiling():
-        planned, everything = None, attention_mask is None or bool(attention_mask.all())
-        if attention_mask is None and q_length == kv_length:
+        planned, everything = None, True
+        if attention_mask is not None:
+            ours = plain and attention_mask.shape == (batch_size, kv_length) and not _of_an_encoder(config, causal)
+            facts = facts_of(call_of(config) if ours else None, attention_mask)
+            everything = facts.full
+            if ours and not everything:
+                dtype = kwargs.get("dtype", torch.float32)
+                planned = _plan_of_padding(config, attention_mask, facts, dtype, causal=causal)
+        elif q_length == kv_length:
             one_way = mask_function is not bidirectional_mask_function
             planned = _plan_of_sequences(config, batch_size, q_length, causal=one_way)
-        elif (
-            plain and attention_mask is not None and not everything and attention_mask.shape == (batch_size, kv_length)
-        ):
-            planned = _plan_of_padding(config, attention_mask, kwargs.get("dtype", torch.float32), causal=causal)
+            _foresee(config, (batch_size, q_length), kwargs.get("device"))
         if planned is not None:
             return planned
         if plain and everything and (torch.is_grad_enabled() or in_training()):
             return None
+        if not everything:
+            kwargs |= without_looking
     return (eager_mask if eager else sdpa_mask)(
         batch_size=batch_size,
         q_length=q_length,
@@ -106,20 +114,28 @@ def _plan_of_sequences(config: Any, batch: int, length: int, *, causal: bool) ->
     return None if packed is None else plans.sequence_plan(packed, causal=causal)
 
 
-def _plan_of_padding(config: Any, mask: Tensor, dtype: torch.dtype, *, causal: bool) -> Tensor | None:
+def _of_an_encoder(config: Any, causal: bool) -> bool:
+    """A decoder's bidirectional mask speaks of the encoder's tokens: its queries are not padded by it."""
+    return not causal and bool(getattr(config, "is_decoder", False))
+
+
+def _foresee(config: Any, shape: tuple[int, int], device: torch.device | None) -> None:
+    """Counts the rows that the head will read, which the last layer asks for, before the device has work."""
+    call = call_of(config)
+    if call is not None and device is not None and patch_of(call.model).settings.options.trim and may_trim(call):
+        facts_of_call(call, shape, device)
+
+
+def _plan_of_padding(config: Any, mask: Tensor, facts: Facts, dtype: torch.dtype, *, causal: bool) -> Tensor | None:
     """Of a padded batch whose padding nobody reads."""
-    # A decoder's bidirectional mask speaks of the encoder's tokens: its queries are not padded by it.
-    if not causal and getattr(config, "is_decoder", False):
-        return None
-    why = why_padding_is_read(config, mask, causal=causal)
-    if why is not None:
+    call = call_of(config)
+    why = "the model's forward was called directly" if call is None else why_padding_is_read(facts, causal=causal)
+    if call is None or why is not None:
         if torch.is_grad_enabled() or in_training():
             note_on_running_call("attention", f"padding kept: {why}")
         return None
-    call = call_of(config)
-    assert call is not None
     device = mask.device.type
-    why = why_padding_is_read(config, mask, causal=False)  # without exception: rows at padding are not there at all
+    why = why_padding_is_read(facts, causal=False)  # without exception: rows at padding are not there at all
     why = why or why_not_across(
         call, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
     )
@@ -129,7 +145,7 @@ def _plan_of_padding(config: Any, mask: Tensor, dtype: torch.dtype, *, causal: b
         note_on_running_call("packing", f"between layers: {why}")
         if not (torch.is_grad_enabled() or in_training()):
             return None
-    return plans.padding_plan(mask, causal=causal, across=why is None)
+    return plans.padding_plan(mask, facts, causal=causal, across=why is None)
 
 
 def attention(

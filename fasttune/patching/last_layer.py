@@ -19,36 +19,38 @@ from transformers.utils.output_capturing import _active_collector
 from fasttune import ops
 from fasttune.ops._backends import why_not
 from fasttune.ops._random import repeating
-from fasttune.ops.packing import PackedBatch, gather_rows
-from fasttune.patching.lazy_rows import LazyRows, RowSource
+from fasttune.ops.packing import PackedBatch
+from fasttune.patching.facts import facts_of_call
+from fasttune.patching.lazy_rows import LazyRows, RowSource, take_rows
 from fasttune.patching.plain import is_sharded
 from fasttune.patching.plan import Plan
-from fasttune.patching.rows import may_trim, note_on_running_call, rows_read, running_call
+from fasttune.patching.rows import may_trim, note_on_running_call, running_call
 from fasttune.patching.stack import is_last, rows_numbered, why_hooked
-from fasttune.patching.state import environment_backend, patch_of, runs_fused
+from fasttune.patching.state import environment_backend, patch_of, reading_waits, runs_fused
 
 WORTH_IT = 0.75  # of the real rows: above it, trimming saves less than picking rows costs
 
 
 class Chosen:
-    """The rows asked for: places int64 (R,), rising, among the T packed rows."""
+    """The rows asked for: places int64 (R,) among the T packed rows, rising; on a device that is not waited for some
+    may stand twice. everything: places is 0, 1, ..., T - 1."""
 
-    def __init__(self, packed: PackedBatch, places: Tensor) -> None:
+    def __init__(self, packed: PackedBatch, places: Tensor, everything: bool) -> None:
         offsets = packed.cu_seqlens.long()
         sequence = torch.bucketize(places, offsets[1:], right=True)
-        self.places = places
-        self.row_ids = packed.indices if packed.total == places.numel() else packed.indices.index_select(0, places)
+        self.places, self.everything = places, everything
+        self.row_ids = packed.indices if everything else packed.indices.index_select(0, places)
         self.cu_seqlens_q = torch.searchsorted(places, offsets).to(torch.int32)
         self.positions_q = (places - offsets.index_select(0, sequence)).to(torch.int32)
         self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
 
     def of(self, x: Tensor) -> Tensor:
         """The chosen rows of x (T, ...)."""
-        return x if self.places.numel() == x.shape[0] else gather_rows(x, self.places)
+        return x if self.everything else take_rows(x, self.places)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """query (R, H, D), key and value (T, H, D) -> (R, H * D)."""
-        if self.places.numel() == key.shape[0]:
+        if self.everything:
             out = ops.attention(query, key, value, cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, **options)
         else:
             out = ops.attention(
@@ -74,24 +76,29 @@ class LastLayerRows(RowSource):
         super().__init__(layer.parameters())
         if torch.is_autocast_enabled(self.device.type):
             with torch.no_grad():
-                self.dtype = self._compute(packed.indices[:0]).dtype
+                self.dtype = self._compute(packed.indices[:0], everything=False).dtype
             self.seeds = []
 
     def _rows(self, ids: Tensor | None) -> Tensor:
-        if self.packed.is_full:
-            return self._compute(self.packed.indices if ids is None else ids)
         if ids is None:
-            everything = self._compute(torch.arange(self.packed.total, device=self.device))
-            return ops.unpack(everything, self.packed).flatten(0, 1)
+            tokens = torch.arange(self.packed.total, device=self.device)
+            everything = self._compute(tokens, everything=True)
+            return everything if self.packed.is_full else ops.unpack(everything, self.packed).flatten(0, 1)
+        if self.packed.is_full:
+            return self._compute(ids, everything=False)
         places = self.packed.packed_rows.index_select(0, ids)
-        real = (places >= 0).nonzero().squeeze(1)
+        inside = places >= 0
+        if reading_waits(self.device) and self.packed.total > 0:  # in place of padding the row before, which is dropped
+            computed = self._compute(places.cummax(0).values.clamp(min=0), everything=False)
+            return torch.where(inside[:, None], computed, 0)
+        real = inside.nonzero().squeeze(1)
         if real.numel() == places.numel():
-            return self._compute(places)
-        computed = self._compute(places.index_select(0, real))
+            return self._compute(places, everything=False)
+        computed = self._compute(places.index_select(0, real), everything=False)
         return computed.new_zeros(ids.numel(), self.features).index_copy(0, real, computed)  # zeros at padding
 
-    def _compute(self, places: Tensor) -> Tensor:
-        chosen = Chosen(self.packed, places)
+    def _compute(self, places: Tensor, *, everything: bool) -> Tensor:
+        chosen = Chosen(self.packed, places, everything)
         rows = chosen.of(self.hidden)
         with repeating(self.seeds), rows_numbered(chosen.row_ids):
             result: Tensor = self.layer.rows_of(chosen, rows, self.prepared)
@@ -142,12 +149,8 @@ def _why_not(layer: Any, hidden: Tensor, plan: Plan | None, shape: tuple[int, in
         return f"no fused attention of chosen queries for {str(dtype).removeprefix('torch.')} on {kind}"
     if plan is not None and not plan.across and not plan.packed.is_full:
         return "padding stays between layers"
-    if plan is None or plan.packed.is_full:
-        mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
-    else:
-        mask = (plan.packed.packed_rows >= 0).view(shape)
-    rows = rows_read(call, mask)
-    if rows is None or int(rows.sum()) > WORTH_IT * int(mask.sum()):
+    facts = facts_of_call(call, shape, hidden.device)
+    if facts.read is None or facts.read > WORTH_IT * facts.real:
         return ""
     if _active_collector.get():
         return "hidden states or attentions were asked for"

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttune import ops
-from fasttune.ops.packing import gather_rows
+from fasttune.ops.packing import gather_rows, places
+from fasttune.patching.rows import IGNORED, labelled_rows
+from fasttune.patching.state import reading_waits
 
 
 class RowSource:
@@ -41,7 +43,7 @@ class RowSource:
         self._with_gradient = torch.is_grad_enabled()
 
     def rows(self, ids: Tensor | None) -> Tensor:
-        """(len(ids), features) for row numbers that rise, or all rows in order for None."""
+        """(len(ids), features) for row numbers that rise (see pick_rows), or all rows in order for None."""
         self.check_unchanged()
         with self.same_autocast(), torch.set_grad_enabled(self._with_gradient):
             return self._rows(ids)
@@ -74,7 +76,7 @@ class TensorRows(RowSource):
         super().__init__(())
 
     def _rows(self, ids: Tensor | None) -> Tensor:
-        return self._matrix if ids is None else gather_rows(self._matrix, ids)
+        return self._matrix if ids is None else take_rows(self._matrix, ids)
 
 
 class MappedRows(RowSource):
@@ -258,8 +260,20 @@ def _writes(func: Callable[..., Any]) -> bool:
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
+def take_rows(x: Tensor, ids: Tensor) -> Tensor:
+    """x[ids] for ids as pick_rows asks for them: where they are distinct, backward copies."""
+    return x.index_select(0, ids) if reading_waits(x.device) else gather_rows(x, ids)
+
+
 def pick_rows(source: RowSource, ids: Tensor) -> Tensor:
-    """source's rows at ids (R,), which may repeat and be in any order."""
+    """source's rows at ids (R,), which may repeat and be in any order.
+
+    The source is asked for each of them once, or on a GPU, whose host would have to wait to learn how many there are,
+    for each as often as it stands in ids.
+    """
+    if reading_waits(source.device):
+        rising, order = ids.sort(stable=True)
+        return source.rows(rising).index_select(0, order.argsort())
     distinct, places = ids.unique(return_inverse=True)
     rows = source.rows(distinct)
     in_order = distinct.numel() == ids.numel() and torch.equal(distinct, ids)  # the usual case
@@ -359,10 +373,14 @@ def _cross_entropy(
     logits.check_unchanged()
     with logits.same_autocast():
         hidden_rows = input.with_source(logits.source)
-        if (isinstance(logits.source, TensorRows) and input.everything) or not logits.select:
+        count = None
+        # Rows that were picked one by one are few (a classifier's); a GPU need not tell how many of them have a label.
+        picked = not input.rising and reading_waits(target.device)
+        if (isinstance(logits.source, TensorRows) and input.everything) or not logits.select or picked:
             hidden, labels, labelled = hidden_rows.pick(None), target, None
         else:  # compute the rows that carry a label, and no others
-            labelled = (target != ignore_index).nonzero().squeeze(1)
+            count = _labels_foreseen(input, target, ignore_index)
+            labelled = places(target != ignore_index, count)
             hidden, labels = hidden_rows.pick(input.ids[labelled]), target[labelled]
     with _loss_precision(logits, input.dtype, hidden.dtype):
         loss = ops.linear_cross_entropy(
@@ -376,9 +394,21 @@ def _cross_entropy(
             reduction=reduction,
             backend=logits.backend,
         )
-    if reduction == "none" and labelled is not None:
+    if labelled is None:
+        return loss
+    if reduction == "none":
         loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)
+    if count is not None:  # whatever a hook did to the labels since then, never a wrong number silently
+        loss = torch.where((target != ignore_index).sum() == count, loss, torch.nan)
     return loss
+
+
+def _labels_foreseen(input: LazyRows, target: Tensor, ignore_index: int) -> int | None:
+    """How many labels the model's own loss will find, if that was read when the model was entered: to read it here, the
+    host would wait for a GPU."""
+    if not reading_waits(target.device) or not input.everything or ignore_index != IGNORED:
+        return None
+    return labelled_rows(target.numel())
 
 
 def _loss_precision(logits: LinearRows, dtype: torch.dtype, hidden_dtype: torch.dtype) -> AbstractContextManager[Any]:

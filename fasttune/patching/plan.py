@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops.packing import PackedBatch
+from fasttune.ops.packing import PackedBatch, sequence_starts
+from fasttune.patching.facts import Facts, fetch
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Plan:
     across: bool
 
 
-def padding_plan(mask: Tensor, *, causal: bool, across: bool) -> Tensor:
+def padding_plan(mask: Tensor, facts: Facts, *, causal: bool, across: bool) -> Tensor:
     """The mask that carries a plan for padded sequences; mask (B, S) bool."""
     tagged = mask.to(torch.uint8) if across else mask.clone()
-    return _tag(tagged, Plan(PackedBatch.from_mask(mask), causal, across))
+    packed = PackedBatch.from_mask(mask, total=facts.real, longest=facts.longest)
+    return _tag(tagged, Plan(packed, causal, across))
 
 
 def sequence_plan(packed: PackedBatch, *, causal: bool) -> Tensor:
@@ -72,12 +74,15 @@ def packed_by_user(inputs: Mapping[str, Any], batch: int, length: int) -> Packed
         return PackedBatch(torch.arange(length, device=offsets.device), offsets.to(torch.int32), longest, (1, length))
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.numel() == 0:
         return None
-    anew = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not bool(anew.any()) or not bool((position_ids[:, 1:][anew] == position_ids[0, 0]).all()):
+    position_ids = position_ids.expand(batch, -1)
+    starts = sequence_starts(position_ids)
+    tokens = torch.arange(length, device=position_ids.device)
+    since = tokens - torch.where(starts, tokens, 0).cummax(1).values
+    elsewhere = starts & (position_ids != position_ids[0, 0])
+    sequences, longest, wrong = fetch([starts.sum(), since.max() + 1, elsewhere.sum()])
+    if sequences == batch or wrong:
         return None
-    if not bool((position_ids[:, 0] == position_ids[0, 0]).all()):
-        return None
-    return PackedBatch.from_position_ids(position_ids.expand(batch, -1))
+    return PackedBatch.from_position_ids(position_ids, sequences=sequences, longest=longest)
 
 
 def as_4d(plan: Plan, *, causal: bool) -> Tensor:

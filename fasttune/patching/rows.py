@@ -14,12 +14,16 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fasttune.patching.state import ModelPatch, patch_of
+
+if TYPE_CHECKING:
+    from fasttune.patching.facts import Facts
 
 IGNORED = -100  # the label that every loss in Transformers ignores
 
@@ -32,6 +36,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tied: tuple[Tensor, Tensor, Tensor] | None = None  # a weight and its aliases for lookup and head
+    facts: tuple[Tensor | None, Facts] | None = None  # of the batch, and the mask that they were read from
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -95,21 +100,13 @@ def _parameter_names(model_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
-def why_padding_is_read(config: Any, mask: Tensor, *, causal: bool) -> str | None:
-    """None if no row at padding reaches the output of the running call of the model with this config; else a reason.
-
-    mask: (B, S) bool, False at padding. Causal rows that see no real token are 0 in stock too and may be read.
-    """
-    call = call_of(config)
-    if call is None:
-        return "the model's forward was called directly"
-    rows = rows_read(call, mask)
-    if rows is None:
+def why_padding_is_read(facts: Facts, *, causal: bool) -> str | None:
+    """None if no row at padding reaches the output of the running call; else a reason. Causal rows that see no real
+    token are 0 in stock too and may be read."""
+    if facts.read is None:
         return "all rows are read, padding included"
-    read_at_padding = rows & ~mask
-    if causal:
-        read_at_padding &= mask.cumsum(1) > 0
-    return "rows at padding carry labels or are read" if bool(read_at_padding.any()) else None
+    read = facts.read_after_a_token if causal else facts.read_at_padding
+    return "rows at padding carry labels or are read" if read else None
 
 
 def rows_read(call: Call, mask: Tensor) -> Tensor | None:
@@ -131,6 +128,16 @@ def may_trim(call: Call) -> bool:
     if reader in (labelled, labelled_next, labelled_and_first, last_token):
         return call.model.training and torch.is_grad_enabled()  # logits of all rows in evaluation
     return reader in (first_row, summary_row)
+
+
+def labelled_rows(tokens: int) -> int | None:
+    """How many of its tokens carry a label in the running call, as the model's own loss will count them; None where
+    that was not read, not at this number of tokens, or where somebody put a loss of their own in its place."""
+    call = running_call()
+    if call is None or call.facts is None or prod(call.facts[1].shape) != tokens:
+        return None
+    counted = _reader(call.model, patch_of(call.model).settings.family) in (labelled, labelled_next)
+    return call.facts[1].read if counted and not hasattr(call.model, "_loss_function") else None
 
 
 def in_training() -> bool:

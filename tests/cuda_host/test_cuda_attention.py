@@ -106,14 +106,15 @@ def test_packed_sequences_do_not_see_each_other(index_dtype, dropout_p, dtype):
     assert_same_math(attend("cuda"), attend("torch"), inputs, NAMES)
 
 
-# Lengths 100, 0, 33, 67; of them 66 (two blocks of queries, the second ragged), none, the first, and three far apart.
+# Lengths 100, 0, 33, 67; of them 66 (two blocks of queries, the second ragged), none, the first, and three far apart,
+# one of them twice.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("causal", "dropout_p", "index_dtype"), [(True, 0.2, torch.int64), (False, 0.0, torch.int32)])
 def test_chosen_queries_are_the_rows_that_they_are_among_all(causal, dropout_p, index_dtype, dtype):
     cu_seqlens = torch.tensor([0, 100, 100, 133, 200], dtype=index_dtype)
-    positions = torch.tensor([*range(9), *range(10, 58, 3), *range(59, 100), 0, 7, 40, 66], dtype=index_dtype)
-    count = positions.numel() - 4
-    cu_seqlens_q = torch.tensor([0, count, count, count + 1, count + 4])
+    positions = torch.tensor([*range(9), *range(10, 58, 3), *range(59, 100), 0, 7, 40, 40, 66], dtype=index_dtype)
+    count = positions.numel() - 5
+    cu_seqlens_q = torch.tensor([0, count, count, count + 1, count + 5])
     places = positions + cu_seqlens[:-1].repeat_interleave(cu_seqlens_q.diff())
     chosen = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "positions_q": positions}
 

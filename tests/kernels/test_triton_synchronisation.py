@@ -1,5 +1,6 @@
-"""A patched step does not make the host wait for the device: with packing=False and trim=False nothing in fasttune
-looks at a tensor's values. The Triton kernels run in their interpreter, on tensors that count as a GPU's.
+"""A patched step makes the host wait for the device once, where the model is entered, for the numbers that packing and
+row selection need; with packing=False and trim=False never: nothing in fasttune looks at a tensor's values. The Triton
+kernels run in their interpreter, on tensors that count as a GPU's.
 
 What Transformers itself reads back (whether a padding id occurs, whether position ids start anew) is not counted.
 """
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "patching"))
 from models import batch_of, build, loss_of  # noqa: E402
 
 import fasttune  # noqa: E402
-from fasttune.patching import attention, tied  # noqa: E402
+from fasttune.patching import attention, facts, last_layer, lazy_rows, plan, tied  # noqa: E402
 
 INTERPRETER = tuple(str(Path(package.__file__).parent) for package in (triton, interpreter))
 OURS = (str(Path(fasttune.__file__).parent),)
@@ -58,16 +59,34 @@ class Reads(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setenv("FASTTUNE_BACKEND", "triton")
-    for module in (attention, tied):
+    for module in (attention, last_layer, lazy_rows, tied):
         monkeypatch.setattr(module, "reading_waits", lambda device: True)
+    for check in ("check_offsets", "check_positions"):  # of tensors on a CPU
+        monkeypatch.setattr(sys.modules["fasttune.ops.attention"], check, lambda *args: None)
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """How many layers were done each time that numbers were fetched."""
+    done, before = [], []
+    bias_gelu, fetch = fasttune.ops.bias_gelu, facts.fetch
+    monkeypatch.setattr(fasttune.ops, "bias_gelu", lambda *a, **o: (done.append(None), bias_gelu(*a, **o))[1])
+    for module in (facts, plan):
+        monkeypatch.setattr(module, "fetch", lambda numbers: (before.append(len(done)), fetch(numbers))[1])
+    return before
 
 
 def reads_of_a_step(head, padding, **options):
     transformers.logging.set_verbosity_error()
     model = fasttune.patch(build(head, dropout=0.1), **options)
+    model.config.use_cache = False  # which keeps every row of the last layer
     inputs = batch_of(model, padding=padding)
+    if head == "GPT2LMHeadModel":  # an answer after a prompt: few rows
+        inputs["labels"][:, : inputs["labels"].shape[1] // 2] = -100
     with Reads() as reads:
-        loss_of(model, inputs).backward()
+        loss = loss_of(model, inputs)
+        loss.backward()
+    assert torch.isfinite(loss)
     return reads.found
 
 
@@ -76,10 +95,19 @@ HEADS = ["GPT2LMHeadModel", "GPT2ForSequenceClassification", "BertForMaskedLM", 
 
 @pytest.mark.parametrize("padding", [None, "right"])
 @pytest.mark.parametrize("head", HEADS)
-def test_nothing_is_read_with_packing_and_row_selection_off(head, padding):
+def test_nothing_is_read_with_packing_and_row_selection_off(head, padding, fetched):
     assert reads_of_a_step(head, padding, packing=False, trim=False) == []
+    assert fetched == []
 
 
-def test_reading_is_noticed():
-    """Of the tester: row selection reads how many rows there are."""
-    assert any("last_layer" in read for read in reads_of_a_step("BertForSequenceClassification", "right"))
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+@pytest.mark.parametrize("head", HEADS)
+def test_numbers_are_read_once_before_the_layers(head, padding, fetched):
+    assert reads_of_a_step(head, padding) == []
+    assert fetched == [0]
+
+
+def test_reading_is_noticed(monkeypatch):
+    """Of the tester: where reading costs nothing, the loss asks how many rows there are."""
+    monkeypatch.setattr(lazy_rows, "reading_waits", lambda device: False)
+    assert any("packing" in read for read in reads_of_a_step("BertForMaskedLM", "right"))

@@ -94,9 +94,15 @@ def attention_of_chosen_queries(
     dropout_p: float,
 ) -> Tensor:
     """Attends with zeros for the queries that were not chosen, and takes the chosen rows: (R, H, D), (T, H, D) twice
-    -> (R, H, D)."""
+    -> (R, H, D). Of several queries at one position the first in a first turn, the second in a second, and so on."""
     sequence = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens_q[1:].long(), right=True)
     places = cu_seqlens[:-1].long()[sequence] + positions_q
-    every = query.new_zeros(key.shape).index_copy(0, places, query)
-    out = attention(every, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
-    return out.index_select(0, places)
+    rows = torch.arange(places.numel(), device=places.device)
+    turns = rows - torch.searchsorted(places, places)
+    out = torch.zeros_like(query)
+    for turn in range(int(turns.max()) + 1 if turns.numel() else 1):
+        now = (turns == turn).nonzero().squeeze(1)
+        every = query.new_zeros(key.shape).index_copy(0, places[now], query.index_select(0, now))
+        attended = attention(every, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
+        out = out.index_copy(0, now, attended.index_select(0, places[now]))
+    return out
