@@ -1,8 +1,7 @@
 """Every Triton kernel as the library launches it: the calls that are compiled ahead of time (see aot.py).
 
 A case calls a launcher in fasttune/kernels on fake CUDA tensors; all kernels it launches are compiled and held against
-benchmarks/gpu_budgets.toml. All cases on all targets take minutes; `gate` names the targets that every test run
-compiles: head dimensions 64 and 128 in both 16-bit types on the targets of today, and of the rest one of each kind.
+benchmarks/gpu_budgets.toml, for every target: five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class Case:
     dtype: torch.dtype
     call: Callable[[], Any]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    gate: tuple[str, ...] = ()
 
     @property
     def dtype_name(self) -> str:
@@ -86,13 +84,6 @@ def attention_cases() -> Iterator[Case]:
     for dtype, head_dim, dropout, packed in itertools.product(DTYPES, (64, 128), (False, True), (False, True)):
         if (packed and (head_dim, dtype) != (64, torch.bfloat16)) or (dropout and dtype == torch.float16):
             continue  # the way to a sequence's rows is the same for all, dropout in both 16-bit types
-        half = dtype != torch.float32
-        if half and not packed and not dropout:
-            gate = ("sm80", "sm90", "gfx942") + (("sm100",) if dtype == torch.bfloat16 and head_dim == 64 else ())
-        elif dtype == torch.bfloat16 and head_dim == 64:
-            gate = ("sm90",) if dropout != packed else ()
-        else:
-            gate = ("sm90",) if dtype == torch.float32 and head_dim == 64 and not packed and not dropout else ()
         parts = (f"d{head_dim}", "causal", "packed" if packed else "", "dropout" if dropout else "")
         yield Case(
             "attention",
@@ -100,7 +91,6 @@ def attention_cases() -> Iterator[Case]:
             dtype,
             _attention(dtype, head_dim, True, dropout, packed),
             {"head_dim": head_dim, "dropout": dropout},
-            gate,
         )
     for head_dim, dtype, dropout in itertools.product((64, 128), DTYPES, (False, True)):
         if (head_dim == 128 or dtype == torch.float32) and dropout:
@@ -112,7 +102,6 @@ def attention_cases() -> Iterator[Case]:
             dtype,
             _chosen_queries(dtype, head_dim, dropout),
             {"head_dim": head_dim, "dropout": dropout},
-            ("sm90",),
         )
     # Masks without the diagonal, and head dimensions that are padded inside, change little: one of each.
     yield Case(
@@ -184,16 +173,14 @@ def _layer_norm_gelu(dtype: torch.dtype, before: bool) -> Callable[[], Any]:
 
 def elementwise_cases() -> Iterator[Case]:
     for dtype in DTYPES:
-        gate = TARGETS if dtype == torch.bfloat16 else ("sm90",)
-        sample = ("sm90", "gfx942") if dtype == torch.bfloat16 else ()
-        yield Case("dropout", "", dtype, _dropout(dtype), {"dropout": True}, gate)
-        yield Case("bias_gelu", "erf", dtype, _bias_gelu(dtype, False), {}, gate)
-        yield Case("bias_gelu", "tanh", dtype, _bias_gelu(dtype, True), {}, sample)
-        yield Case("layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, False), {}, gate)
-        yield Case("layer_norm", "C1600", dtype, _layer_norm(dtype, 1600, False), {}, sample)
-        yield Case("dropout_add_layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, True), {"dropout": True}, gate)
-        yield Case("layer_norm_gelu", "", dtype, _layer_norm_gelu(dtype, False), {}, sample)
-        yield Case("gelu_layer_norm", "", dtype, _layer_norm_gelu(dtype, True), {}, sample)
+        yield Case("dropout", "", dtype, _dropout(dtype), {"dropout": True})
+        yield Case("bias_gelu", "erf", dtype, _bias_gelu(dtype, False))
+        yield Case("bias_gelu", "tanh", dtype, _bias_gelu(dtype, True))
+        yield Case("layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, False))
+        yield Case("layer_norm", "C1600", dtype, _layer_norm(dtype, 1600, False))
+        yield Case("dropout_add_layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, True), {"dropout": True})
+        yield Case("layer_norm_gelu", "", dtype, _layer_norm_gelu(dtype, False))
+        yield Case("gelu_layer_norm", "", dtype, _layer_norm_gelu(dtype, True))
 
 
 def _cross_entropy(dtype: torch.dtype, smoothing: bool) -> Callable[[], Any]:
@@ -249,12 +236,11 @@ def _packing(dtype: torch.dtype) -> Callable[[], Any]:
 
 def loss_and_index_cases() -> Iterator[Case]:
     for dtype in DTYPES:
-        gate = TARGETS if dtype == torch.bfloat16 else ("sm90",)
-        yield Case("cross_entropy", "", dtype, _cross_entropy(dtype, False), {}, gate)
-        yield Case("cross_entropy", "weighted smooth", dtype, _cross_entropy(dtype, True), {}, gate[:2])
-        yield Case("linear_cross_entropy", "", dtype, _linear_cross_entropy(dtype), {}, gate)
-        yield Case("embedding", "", dtype, _embedding(dtype), {}, gate)
-        yield Case("packing", "", dtype, _packing(dtype), {}, gate)
+        yield Case("cross_entropy", "", dtype, _cross_entropy(dtype, False))
+        yield Case("cross_entropy", "weighted smooth", dtype, _cross_entropy(dtype, True))
+        yield Case("linear_cross_entropy", "", dtype, _linear_cross_entropy(dtype))
+        yield Case("embedding", "", dtype, _embedding(dtype))
+        yield Case("packing", "", dtype, _packing(dtype))
 
 
 def cases() -> list[Case]:

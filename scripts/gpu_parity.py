@@ -9,7 +9,6 @@ with status 1 if a case fails. On a CPU (--device cpu) the same cases run on sma
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import itertools
 import json
@@ -26,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "patching")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from oracle import DTYPES, assert_parity, assert_same_math  # noqa: E402
+from oracle import DTYPES, assert_same_math  # noqa: E402
 
 from fasttune import ops  # noqa: E402
 
@@ -173,27 +172,16 @@ LEFT_OUT: dict[str, dict[str, bool]] = {"cuda": {"embeddings": False, "loss": Fa
 
 
 def model_cases(device: str, backends: list[str]) -> Iterator[Case]:
-    """Loss and every gradient of patched models, dropout 0, against float64 and stock in the same dtype."""
+    """Loss and every gradient of patched models, dropout 0, against float64, by the bound of tests/patching."""
     if importlib.util.find_spec("transformers") is None:
         return
-    from models import batch_of, build, gradients
-
-    import fasttune
-
-    def check(head: str, dtype: torch.dtype, backend: str) -> None:
-        model = build(head)
-        inputs = {key: value.to(device) for key, value in batch_of(model, padding="right").items()}
-        exact, stock = (copy.deepcopy(model).to(device, kind) for kind in (torch.float64, dtype))
-        ours = fasttune.patch(copy.deepcopy(model).to(device, dtype), backend=backend, **LEFT_OUT.get(backend, {}))
-        truth, theirs, mine = (gradients(each, inputs) for each in (exact, stock, ours))
-        assert_parity(mine[0], theirs[0].to(mine[0].dtype), truth[0], "loss")
-        for name, gradient in mine[1].items():
-            assert_parity(gradient, theirs[1][name], truth[1][name], name)
+    from model_parity import check_parity
 
     heads = ("GPT2LMHeadModel", "GPT2ForSequenceClassification", "BertForMaskedLM", "BertForSequenceClassification")
     for head, dtype, backend in itertools.product(heads, DTYPES, backends):
         name = f"{head} {str(dtype).removeprefix('torch.')} {backend}"
-        yield name, partial(check, head, dtype, backend)
+        options = {"backend": backend, **LEFT_OUT.get(backend, {})}
+        yield name, partial(check_parity, head, dtype, {"padding": "right"}, device=device, options=options)
 
 
 def run(cases: Iterator[Case], seconds: float) -> list[dict[str, Any]]:

@@ -1,9 +1,6 @@
 """Compiles every Triton kernel and writes what the compilers made of it as Markdown (make gpu-report).
 
-    python scripts/gpu_report.py --out docs/gpu-report.md [--target sm90 ...] [--all]
-
-Compiles what every test run does (the gates of gpu_cases.py); --all: every variant for every target, several times as
-long.
+    python scripts/gpu_report.py --out docs/gpu-report.md [--target sm90 ...]
 
 Ends with status 1, and the sentences on stderr, if a kernel breaks its budget (benchmarks/gpu_budgets.toml).
 """
@@ -51,9 +48,8 @@ def compile_case(number: int, target: str) -> list[Row]:
     return [Row(number, kernel) for kernel in aot.compile_launches(gpu_cases.cases()[number].call, target)]
 
 
-def compile_all(targets: list[str], processes: int, everything: bool) -> list[Row]:
-    cases = list(enumerate(gpu_cases.cases()))
-    jobs = [(number, target) for target in targets for number, case in cases if everything or target in case.gate]
+def compile_all(targets: list[str], processes: int) -> list[Row]:
+    jobs = [(number, target) for target in targets for number in range(len(gpu_cases.cases()))]
     if processes == 1:
         return [row for job in jobs for row in compile_case(*job)]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -108,10 +104,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file; without it only the budgets are checked")
     parser.add_argument("--target", nargs="*", choices=gpu_cases.TARGETS, default=gpu_cases.TARGETS)
-    parser.add_argument("--all", action="store_true", help="every variant for every target")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    rows = compile_all(list(arguments.target), arguments.processes, arguments.all)
+    rows = compile_all(list(arguments.target), arguments.processes)
     broken = broken_budgets(rows)
     verdict = (
         "All are kept." if not broken else f"{len(broken)} are broken:\n\n" + "\n".join(f"  - {m}" for m in broken)
