@@ -19,7 +19,7 @@ Tiles: tables at the end. Registers decide them: an accumulator of BLOCK_M x D a
 A query that sees no key has l = 0: it gives 0, and lse = +inf makes its P 0 in backward. Padding up to the tile is
 masked by the same rule: lse reads as +inf there.
 
-Queries of some positions only (the rows of a last layer that somebody reads) carry their positions, rising within a
+Queries of some positions only (the rows of a last layer that somebody reads) carry their positions, never falling in a
 sequence: causality and dropout go by them, so a row is what it would be among all. A tile's first and last position
 say which keys it sees; a tile of keys finds the first query that sees it by bisection.
 

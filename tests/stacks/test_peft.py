@@ -6,7 +6,7 @@ import filecmp
 import pytest
 import torch
 from models import batch_of, build, family_of, gradients, loss_of
-from runs import Run, assert_same_run, batches, exact_run, train
+from runs import Run, assert_same_run, batches, exact_run, in_other_order, train
 
 import fasttune
 
@@ -50,9 +50,10 @@ def check(make, head, data=None):
     data = batches(head) if data is None else data
     stock = make(None)
     exact, expected = exact_run(stock, data), train(stock, data)
+    again = [train(make(None), in_other_order(data, by)) for by in (1, 2)]
     for patch in ("before", "after"):
         model = make(patch)
-        assert_same_run(train(model, data), expected, exact)
+        assert_same_run(train(model, data), expected, exact, again=again)
     return model
 
 
