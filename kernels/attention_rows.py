@@ -2,8 +2,8 @@
 
 Queries and keys are walked by the number they have in their sequence, from 0. Dense, a head's pointer begins at its
 sequence; packed, q_offsets and k_offsets (N + 1,) hold the first row of each, and are one tensor unless only chosen
-queries are there. `positions` (R,) then holds the position of each in its sequence, never falling; else query i stands at
-i, for causality at i + keys - queries.
+queries are there. `positions` (R,) then holds the position of each in its sequence, never falling; else query i stands
+at i, for causality at i + keys - queries.
 """
 
 import triton
