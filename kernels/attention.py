@@ -82,9 +82,9 @@ TILES = {
     ("gfx942", 64, "forward", False): Tiles(128, 64, 8, 2),
     ("gfx942", 64, "forward", True): Tiles(128, 64, 8, 2),
     ("gfx942", 64, "dq", False): Tiles(64, 64, 4, 2),
-    ("gfx942", 64, "dq", True): Tiles(64, 64, 4, 2),
-    ("gfx942", 64, "dkdv", False): Tiles(64, 128, 8, 2),
-    ("gfx942", 64, "dkdv", True): Tiles(32, 128, 8, 2),
+    ("gfx942", 64, "dq", True): Tiles(64, 64, 4, 1),
+    ("gfx942", 64, "dkdv", False): Tiles(64, 64, 4, 2),
+    ("gfx942", 64, "dkdv", True): Tiles(32, 64, 4, 2),
     ("gfx942", 128, "forward", False): Tiles(128, 64, 8, 2),
     ("gfx942", 128, "forward", True): Tiles(128, 64, 8, 2),
     ("gfx942", 128, "dq", False): Tiles(64, 64, 8, 1),
@@ -100,11 +100,11 @@ CHOSEN_TILES = {
 MORE_TILES = (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2))
 # No matrix instructions in IEEE float32: a thread multiplies whole rows of head_dim elements, held in registers.
 FLOAT32_TILES = {
-    (64, "forward"): Tiles(32, 32, 4, 1),
+    (64, "forward"): Tiles(32, 16, 4, 1),
     (64, "dq"): Tiles(16, 32, 4, 1),
-    (64, "dkdv"): Tiles(32, 32, 4, 1),
-    (128, "forward"): Tiles(16, 32, 4, 1),
-    (128, "dq"): Tiles(16, 16, 4, 1),
+    (64, "dkdv"): Tiles(32, 16, 4, 1),
+    (128, "forward"): Tiles(16, 32, 8, 1),
+    (128, "dq"): Tiles(16, 16, 8, 1),
     (128, "dkdv"): Tiles(16, 16, 4, 1),
 }
 INTERPRETED_TILES = {

@@ -215,7 +215,7 @@ def _forward(
     statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
     if x.numel():
         threshold, scale = dropout_arguments(seed, dropout_p)
-        grid, tiles = _tiles(rows, columns, x.device, 32)
+        grid, tiles = _tiles(rows, columns, x.device, 16)
         layer_norm_forward_kernel[grid](
             *(x, residual, total if keep_sum else None, out, _contiguous(weight), _contiguous(bias), statistics),
             *(row_ids, seed, rows, columns, eps, threshold, scale),
