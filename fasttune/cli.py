@@ -1,4 +1,5 @@
-"""The `fasttune` command: `doctor` says what runs here and what would be gained, `bench` measures it."""
+"""The `fasttune` command: `doctor` says what runs here and what would be gained, `bench` measures it, `verify` compares
+a model of yours with stock."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from fasttune import ops
+from fasttune import ops, verification
 from fasttune.ops import _backends, _cpp, _cuda
 
 app = typer.Typer(
@@ -223,3 +225,99 @@ def _interleaved(stock: Step, ours: Step, device: str, pairs: int = 15) -> tuple
     measured = [(timed(stock), timed(ours)) for _ in range(pairs)]
     stock_ms, ours_ms = (statistics.median(times) for times in zip(*measured, strict=True))
     return stock_ms, ours_ms, statistics.median(a / b for a, b in measured)
+
+
+# ------------------------------------------------------------------------------------------------------------- verify
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, or a name on the hub.")],
+    batches: Annotated[
+        Path, typer.Argument(help="A dict of tensors, or a list of dicts, by torch.save; or one batch as .safetensors.")
+    ],
+    auto_class: str = typer.Option(
+        "", "--class", help="The class of Transformers to load, AutoModelForMaskedLM say; else config.architectures."
+    ),
+    dtype: str = typer.Option("", help="float32, bfloat16 or float16; else as it was saved."),
+    device: str = typer.Option("", help="cpu, cuda or cuda:1; else cuda where there is one."),
+    packing: str = typer.Option("auto", help="true, false or auto."),
+    trim: str = typer.Option("auto", help="true, false or auto."),
+    backend: str = typer.Option("auto", help="cpp, triton, cuda, torch or auto."),
+    repeats: int = typer.Option(5, min=0, help="Pairs of steps to time."),
+    dropout: int = typer.Option(0, min=0, help="Steps with dropout to compare the mean loss and gradient norm of."),
+) -> None:
+    """Compares a model's training step on your batches with stock: loss, outputs, every gradient, time. Exit code 1 if
+    a value is beyond its bound."""
+    options: dict[str, Any] = {"packing": _switch("packing", packing), "trim": _switch("trim", trim)}
+    read = _batches(batches)
+    loaded = _load(model, auto_class, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = next(loaded.parameters()).device
+    console = Console(highlight=False, markup=False)
+    failed = 0
+    for number, batch in enumerate(read):
+        batch = {name: value.to(place) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        try:
+            with console.status(f"batch {number + 1} of {len(read)}"):
+                found = verification.verify(loaded, batch, dropout=dropout, repeats=repeats, backend=backend, **options)
+        except (TypeError, ValueError) as error:
+            raise typer.BadParameter(f"batch {number + 1} of {batches}: {error}") from error
+        if len(read) > 1:
+            console.print(f"batch {number + 1} of {len(read)}")
+        print(found)
+        failed += not found
+    if len(read) > 1:
+        console.print(f"{failed} of {len(read)} batches are beyond their bounds." if failed else "All batches agree.")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _switch(name: str, value: str) -> bool | str:
+    words: dict[str, bool | str] = {"true": True, "false": False, "auto": "auto"}
+    if value.lower() not in words:
+        raise typer.BadParameter(f"--{name} is {value!r}; expected true, false or auto.")
+    return words[value.lower()]
+
+
+def _batches(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise typer.BadParameter(f"BATCHES is {path}; expected a file, and there is none.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return [load_file(path)]
+    try:
+        read = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        raise typer.BadParameter(
+            f"BATCHES is {path}, which torch.load(weights_only=True) does not read ({said[0] if said else error!r})."
+            " Expected what torch.save(dict(batch), path) or torch.save([dict(batch), ...], path) writes."
+        ) from error
+    listed = read if isinstance(read, (list, tuple)) else [read]
+    if not listed or not all(isinstance(batch, dict) for batch in listed):
+        what = "an empty list" if not listed else f"a {type(read).__name__} of {type(listed[0]).__name__}"
+        raise typer.BadParameter(
+            f"BATCHES is {path}, which holds {what}; expected a dict of tensors or a list of dicts."
+        )
+    return list(listed)
+
+
+def _load(model: str, auto_class: str, dtype: str) -> torch.nn.Module:
+    if importlib.util.find_spec("transformers") is None:
+        raise typer.BadParameter("verify needs Hugging Face Transformers: pip install 'transformers>=5.17'.")
+    import transformers
+
+    options = {}
+    if dtype:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise typer.BadParameter(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
+        options["dtype"] = getattr(torch, dtype)
+    try:
+        name = auto_class or next(iter(transformers.AutoConfig.from_pretrained(model).architectures or ()), "")
+        cls = getattr(transformers, name, None) if name else None
+        if cls is None or not hasattr(cls, "from_pretrained"):
+            found = f"the class {name!r}, which Transformers lacks" if name else "no class named in its config"
+            raise typer.BadParameter(f"MODEL is {model}, with {found}; expected --class AutoModelForMaskedLM, say.")
+        return cls.from_pretrained(model, **options)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"MODEL is {model}, which Transformers does not load: {error}") from error

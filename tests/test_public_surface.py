@@ -40,7 +40,7 @@ NN = {
     "LinearCrossEntropyLoss",
     "SelfAttention",
 }
-TOP = {"UnsupportedModelError", "__version__", "patch", "patched", "report", "unpatch"}
+TOP = {"UnsupportedModelError", "Verification", "__version__", "patch", "patched", "report", "unpatch", "verify"}
 
 
 @pytest.mark.parametrize(("module", "names"), [(fasttune, TOP), (ops, OPS), (nn, NN)], ids=["fasttune", "ops", "nn"])
@@ -67,7 +67,7 @@ def test_operations_work_without_triton_and_transformers():
     )
 
 
-@pytest.mark.parametrize("module", ["fasttune", "fasttune.ops", "fasttune.nn", "fasttune.cli"])
+@pytest.mark.parametrize("module", ["fasttune", "fasttune.ops", "fasttune.nn", "fasttune.cli", "fasttune.verification"])
 def test_importing_brings_in_neither_transformers_nor_triton(module):
     """Both take seconds; torch itself, where it imports lazily, must not have been made to."""
     fresh_process(
