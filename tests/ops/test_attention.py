@@ -227,6 +227,18 @@ def test_rows_that_see_no_key_give_zero(isa, dtype, dropout_p):
         assert torch.equal(actual, expected)
 
 
+@cpp_only  # the others subtract two roundings of the same number
+@pytest.mark.parametrize(("queries", "keys"), [(70, 70), (150, 90), (9, 1)])
+def test_a_query_that_sees_one_key_gets_exactly_no_gradient(isa, queries, keys):
+    """Its weight is 1 whatever the score."""
+    inputs = [x * 10 for x in qkv(2, queries, keys, 2, 64)]
+    _, dquery, dkey, _ = gradients(ours(causal=keys > 1), inputs, torch.randn(2, queries, 2, 64))
+    only = slice(queries - keys, queries - keys + 1) if keys > 1 else slice(None)
+    assert torch.equal(dquery[:, only], torch.zeros_like(dquery[:, only]))
+    if keys == 1:
+        assert torch.equal(dkey, torch.zeros_like(dkey))
+
+
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
 def test_scale(isa, scale):
     assert_same_math(ours(scale=scale), stock(scale=scale), qkv(1, 40, 40, 2, 32), NAMES)

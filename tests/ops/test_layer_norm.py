@@ -87,6 +87,15 @@ def test_rows_far_from_zero_lose_nothing(isa, offset):
         assert_same_math(_norm(FUSED), _norm("torch"), [x + offset, weight, bias], ["x", "weight", "bias"])
 
 
+@pytest.mark.parametrize("offset", [1e3, 1e4])
+def test_the_mean_that_backward_reads_is_right_to_the_last_bit(isa, offset):
+    """Its rounding would show as a part of every normalised value; stock's is as large, so parity alone allows it."""
+    for columns in (100, 768, 5000):
+        x = torch.randn(64, columns) + offset
+        mean = torch.ops.fasttune.layer_norm(x, None, None, 1e-5, FUSED)[1][0]
+        assert (mean.double() - x.double().mean(1)).abs().max() <= torch.finfo(torch.float32).eps * offset
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-12])
 def test_rows_without_variance(isa, eps):
     x = torch.tensor([[0.0], [3.7], [-1e4]]).expand(3, 300).clone()
