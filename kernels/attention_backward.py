@@ -144,8 +144,8 @@ def attention_dq_kernel(
         k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
         last, full = keys, keys
         if CAUSAL:
-            last = tl.minimum(keys, highest + offset + 1)
-            full = tl.minimum(keys, lowest + offset + 1)
+            last = tl.minimum(keys - 1, highest + offset) + 1
+            full = tl.minimum(keys - 1, lowest + offset) + 1
         full = tl.maximum(full, 0) // STEP * STEP
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for MASKED in tl.static_range(2):

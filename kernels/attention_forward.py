@@ -127,8 +127,8 @@ def attention_forward_kernel(
     k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
     last, full = keys, keys
     if CAUSAL:
-        last = tl.minimum(keys, highest + offset + 1)
-        full = tl.minimum(keys, lowest + offset + 1)
+        last = tl.minimum(keys - 1, highest + offset) + 1
+        full = tl.minimum(keys - 1, lowest + offset) + 1
     full = tl.maximum(full, 0) // STEP * STEP  # keys before it are visible to all queries of the tile
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

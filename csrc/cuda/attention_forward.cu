@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(P::kThreads)
   // Keys from `last` on are seen by no query of the block, those before `full` by all.
   int last = keys, full = keys;
   if (args.causal) {
-    last = min(keys, at.position(min(first_query + P::kRows, queries) - 1) + 1 + offset);
-    full = at.position(first_query) + offset + 1;
+    last = min(keys - 1, at.position(min(first_query + P::kRows, queries) - 1) + offset) + 1;
+    full = min(keys - 1, at.position(first_query) + offset) + 1;
   }
   const int steps = last > 0 ? divide_up(last, P::kSteps) : 0;
 

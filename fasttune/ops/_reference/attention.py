@@ -32,9 +32,17 @@ def attention(
 
 
 def _dense(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, seed: Tensor | None, scale: float, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """visible: bool, broadcast to (N, H, Q, K). Rows that see no key give 0 and pass no gradient."""
+    """visible: bool, broadcast to (N, H, Q, K); positions: of the queries, broadcast to (N, H, Q), None for 0, 1, ...
+    Rows that see no key give 0 and pass no gradient."""
     sequences, queries, heads, _ = query.shape
     keys = key.shape[1]
     compute = query.dtype if query.dtype == torch.float64 else torch.float32
@@ -42,7 +50,7 @@ def _dense(
     scores = (q @ k.transpose(-1, -2)) * scale
     weights = scores.masked_fill(~visible, torch.finfo(compute).min).softmax(-1).masked_fill(~visible, 0.0)
     if seed is not None:
-        rows = torch.arange(queries, device=query.device)
+        rows = torch.arange(queries, device=query.device) if positions is None else positions
         sequence_heads = torch.arange(sequences * heads, device=query.device).view(sequences, heads, 1)
         kept = attention_keep_mask(rows, sequence_heads, keys, seed, dropout_p)
         weights = torch.where(kept, weights * keep_scale(dropout_p), torch.zeros((), dtype=compute, device=q.device))
@@ -67,9 +75,7 @@ def _packed(
         return (query * 0.0 + key * 0.0 + value * 0.0).contiguous()
     if max_seqlen is None:
         max_seqlen = rows if torch.compiler.is_compiling() else int(lengths.max())
-    position = torch.arange(max_seqlen, device=query.device)
-    inside = position < lengths.unsqueeze(1)  # (N, longest)
-    source = torch.where(inside, starts.unsqueeze(1) + position, 0).flatten()
+    inside, source = _padding(cu_seqlens, lengths, max_seqlen)
     q, k, v = (x.index_select(0, source).unflatten(0, (sequences, max_seqlen)) for x in (query, key, value))
     visible = inside.view(sequences, 1, 1, max_seqlen)
     if causal:
@@ -93,16 +99,30 @@ def attention_of_chosen_queries(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """Attends with zeros for the queries that were not chosen, and takes the chosen rows: (R, H, D), (T, H, D) twice
-    -> (R, H, D). Of several queries at one position the first in a first turn, the second in a second, and so on."""
-    sequence = torch.bucketize(torch.arange(query.shape[0], device=query.device), cu_seqlens_q[1:].long(), right=True)
-    places = cu_seqlens[:-1].long()[sequence] + positions_q
-    rows = torch.arange(places.numel(), device=places.device)
-    turns = rows - torch.searchsorted(places, places)
-    out = torch.zeros_like(query)
-    for turn in range(int(turns.max()) + 1 if turns.numel() else 1):
-        now = (turns == turn).nonzero().squeeze(1)
-        every = query.new_zeros(key.shape).index_copy(0, places[now], query.index_select(0, now))
-        attended = attention(every, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
-        out = out.index_copy(0, now, attended.index_select(0, places[now]))
-    return out
+    """(R, H, D), (T, H, D) twice -> (R, H, D). Pads queries to (N, most, H, D) and keys to (N, longest, H, D)."""
+    rows, sequences = query.shape[0], cu_seqlens.shape[0] - 1
+    if rows == 0 or key.shape[0] == 0:
+        return (query * 0.0 + key.sum() * 0.0 + value.sum() * 0.0).contiguous()
+    counts, lengths = cu_seqlens_q.diff().long(), cu_seqlens.diff().long()
+    compiling = torch.compiler.is_compiling()
+    most = rows if compiling else int(counts.max())
+    longest = max_seqlen or (key.shape[0] if compiling else int(lengths.max()))
+    chosen, source_q = _padding(cu_seqlens_q, counts, most)
+    inside, source = _padding(cu_seqlens, lengths, longest)
+    q = query.index_select(0, source_q).unflatten(0, (sequences, most))
+    k, v = (x.index_select(0, source).unflatten(0, (sequences, longest)) for x in (key, value))
+    positions = torch.where(chosen, positions_q.index_select(0, source_q).view(sequences, most), 0).long()
+    visible = inside.unsqueeze(1)
+    if causal:
+        visible = visible & (torch.arange(longest, device=query.device) <= positions.unsqueeze(-1))
+    out = _dense(q, k, v, visible.unsqueeze(1), seed, scale, dropout_p, positions.unsqueeze(1))
+    row = torch.arange(rows, device=query.device)
+    sequence = torch.bucketize(row, cu_seqlens_q[1:].long(), right=True)
+    return out.flatten(0, 1).index_select(0, sequence * most + row - cu_seqlens_q[:-1].long()[sequence])
+
+
+def _padding(offsets: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Which places of (N, longest) hold a row, and the row of each place, 0 where there is none."""
+    position = torch.arange(longest, device=offsets.device)
+    inside = position < lengths.unsqueeze(1)
+    return inside, torch.where(inside, offsets[:-1].long().unsqueeze(1) + position, 0).flatten()
