@@ -5,6 +5,7 @@
 #   make cuda-host  the CUDA kernels, run on the host: against float64, under sanitizers, with seeded bugs
 #   make cuda-build the CUDA kernels, as nvcc builds them, against their budgets
 #   make seeded-bugs  the tests of the operations, each against a C++ kernel with a bug that it has to see
+#   make mutants    changes of one place, chosen and drawn, that the tests have to see: MUTANTS="--sample 20 --minutes 10"
 #   make sanitize   the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make gpu-report docs/gpu-report.md: what the compilers make of every Triton kernel, for each GPU
 #   make triton36   the Triton kernels compiled by the oldest supported Triton
@@ -29,13 +30,16 @@ BUILD_REQUIRES := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
 TRITON := triton==3.9.0
 # The oldest that pyproject.toml promises: GPU images lag behind.
 OLDEST_TRITON := triton==3.6.0
+# Makes mutants of Python files; apart from the environment, since only scripts/mutants.py imports it.
+COSMIC_RAY := cosmic-ray==8.7.0
+MUTANTS ?=
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 
-.PHONY: help demo test lint cuda-host cuda-build seeded-bugs sanitize gpu-report triton36 package bench build clean
+.PHONY: help demo test lint cuda-host cuda-build seeded-bugs mutants sanitize gpu-report triton36 package bench build clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,13s/^# *//p' Makefile
+	@sed -n '3,14s/^# *//p' Makefile
 
 $(BIN)/python:
 	@echo "== creating $(VENV) with $(PYTHON)"
@@ -82,6 +86,15 @@ cuda-build: $(VENV)/.installed-dev
 seeded-bugs: $(VENV)/.installed-dev build
 	@echo "== seeing that the tests of the C++ kernels can fail"
 	$(BIN)/python -m pytest tests/seeded_bugs
+
+$(VENV)/cosmic-ray/.installed: $(VENV)/.installed-dev
+	@echo "== installing $(COSMIC_RAY) into $(VENV)/cosmic-ray"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --target $(VENV)/cosmic-ray $(COSMIC_RAY)
+	@touch $@
+
+mutants: $(VENV)/.installed-dev $(VENV)/cosmic-ray/.installed build
+	@echo "== seeing that the tests notice a change of one place"
+	PYTHONPATH=$(VENV)/cosmic-ray $(BIN)/python scripts/mutants.py $(MUTANTS)
 
 sanitize: $(VENV)/.installed-dev
 	@echo "== testing the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"

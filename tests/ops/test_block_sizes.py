@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks import cpp, triton
-from fused import FUSED, INTERPRETED, either, reference_only, triton_only
+from fused import FUSED, INTERPRETED, cpp_only, either, reference_only, triton_only
 from oracle import SWEEP_SLACK, assert_same_math, run
 
 from fasttune import ops
@@ -350,3 +350,14 @@ def test_rows_are_gathered_past_every_tile():
         packed = torch.ops.fasttune.gather_rows(x, indices, rows, copier)
         assert torch.equal(packed, x[indices])
         assert torch.equal(torch.ops.fasttune.scatter_rows(packed, indices, rows, copier), back)
+
+
+@cpp_only
+@pytest.mark.parametrize("position", [0, 63, 64, 1000, 4999])
+def test_a_bad_index_is_named_wherever_it_stands(position):
+    ids = torch.zeros(5000, dtype=torch.int64)
+    ids[position:] = 7
+    with pytest.raises(IndexError, match=rf"input_ids at position {position} is 7"):
+        ops.embedding(ids, torch.randn(5, 4), backend=FUSED)
+    with pytest.raises(IndexError, match=rf"target at position {position} is 7"):
+        ops.cross_entropy(torch.randn(5000, 5), ids, backend=FUSED)

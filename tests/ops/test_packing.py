@@ -9,7 +9,7 @@ from fused import INTERPRETED
 from hypothesis import given, settings
 
 from fasttune import ops
-from fasttune.ops.packing import PackedBatch
+from fasttune.ops.packing import PackedBatch, _copier
 
 COPIER = "triton" if INTERPRETED else "torch"  # the C++ library has no kernel for plain copies
 MASKS = {
@@ -75,6 +75,22 @@ def test_operators_pass_opcheck_and_gradcheck():
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]])
     if not INTERPRETED:
         assert torch.autograd.gradcheck(lambda x: ops.unpack(*ops.pack(x.view(2, 3, 3), mask)), x)
+
+
+def test_who_copies_follows_the_environment(monkeypatch):
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 0, 1], [1, 1, 0]])
+    for requested in (None, "auto", "cpp", "torch"):
+        if requested is None:
+            monkeypatch.delenv("FASTTUNE_BACKEND", raising=False)
+        else:
+            monkeypatch.setenv("FASTTUNE_BACKEND", requested)
+        assert _copier(x) == "torch"  # the C++ library has no copies; on a CPU nobody chooses Triton by himself
+    monkeypatch.setenv("FASTTUNE_BACKEND", "triton")
+    if INTERPRETED:
+        assert _copier(x) == "triton"
+    else:
+        with pytest.raises(RuntimeError, match="'triton' was asked for packing, but"):
+            ops.pack(x, mask)
 
 
 def test_bad_input_is_named():

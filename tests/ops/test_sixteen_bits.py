@@ -64,13 +64,14 @@ def ties_of(dtype):
 
 def roundings(dtype):
     """float32 values that decide how rounding goes: every tie and its two neighbours; every value of `dtype` itself;
-    float32's smallest and largest; NaN."""
+    float32's smallest and largest; NaNs."""
     ties, inf = ties_of(dtype), torch.tensor(torch.inf)
-    extremes = torch.tensor(
-        [torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny, 2.0**-149, 1e6, torch.nan]
-    )
+    limits = torch.finfo(torch.float32)
+    extremes = torch.tensor([limits.max, limits.tiny, 2.0**-149, 1e6])
+    # NaNs: the usual one, the one that rounding up would carry over to -0, and one whose upper half alone is infinity.
+    nans = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
     near = (torch.nextafter(ties, inf), torch.nextafter(ties, -inf))
-    return torch.cat((every_value(dtype).float(), ties, *near, extremes, -extremes))
+    return torch.cat((every_value(dtype).float(), ties, *near, extremes, -extremes, nans, -nans))
 
 
 @reference_only
