@@ -63,6 +63,14 @@ def test_mask_is_the_references_bit_for_bit(rows, columns, p, seed, first_row):
     assert torch.equal(out, expected)
 
 
+@needs_fused
+def test_the_last_bit_of_every_uniform_counts():
+    """Enough elements for each of a counter's eight uniforms to meet an odd threshold, which is kept."""
+    shape, seed, p = (2048, 1024), torch.tensor([11]), 32769 / 65536
+    out = _dropout(torch.ones(shape), None, None, seed, p, FUSED)
+    assert torch.equal(out != 0, elementwise_keep_mask(torch.arange(shape[0]), shape[1], seed, p))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 127), (2, 5, 128), (4, 131), (0, 5), (3, 0)])
 def test_forward_and_backward_match_the_reference(isa, dtype, shape):
