@@ -342,7 +342,7 @@ class Runner:
 
 def sample(everything: list[dict], only: str, count: int, generator: random.Random) -> list[Mutant]:
     """A mutant each of `count` places, which are lines, in the order drawn."""
-    drawn = [(data, *place) for data in everything for place in places(data, only)]
+    drawn = [(data, *place) for data in everything for place in places(data, only)] if count else []
     generator.shuffle(drawn)
     mutants: list[Mutant] = []
     for data, file, line, candidates in drawn:
