@@ -305,6 +305,24 @@ def test_reference_against_stock(name):
 
 # Kernels whose grid or loop only a device with many multiprocessors, or thousands of rows, would take past one tile.
 @triton_only
+@pytest.mark.parametrize("block_n", [32, 64])
+def test_a_step_of_dropout_takes_several_tiles_of_keys(monkeypatch, block_n):
+    """As on GPUs: one counter serves 128 keys, the interpreter's own forward tile has them all."""
+    from fasttune.kernels import attention as kernel
+
+    tiles = dict.fromkeys(kernel.INTERPRETED_TILES, kernel.Tiles(32, block_n, 1, 1))
+    monkeypatch.setattr(kernel, "INTERPRETED_TILES", tiles)
+    inputs = [torch.randn(1, rows, 2, 16) for rows in (40, 3 * 128 + 5, 3 * 128 + 5)]
+
+    def function(backend, *tensors):
+        torch.manual_seed(3)
+        return ops.attention(*tensors, causal=True, dropout_p=0.2, backend=backend)
+
+    names = ["query", "key", "value"]
+    assert_same_math(partial(function, FUSED), partial(function, "torch"), inputs, names, SWEEP_SLACK)
+
+
+@triton_only
 def test_sums_over_more_programs_than_a_tile_holds():
     from fasttune.kernels.column_sums import COLUMNS, ROWS, column_sums
 
