@@ -1,7 +1,8 @@
 """Which backend runs an operation: the `backend=` argument, else FASTTUNE_BACKEND, else the best one for the tensor.
 
 `"torch"` is the reference composition in `_reference/`, always available. An explicit request never falls back: when it
-cannot run here it raises and says why. `"auto"` never raises.
+cannot run here it raises and says why. `"auto"` never raises, but under torch.jit.trace (see `_transforms`). It takes
+torch on the meta device, for shapes, and under the transforms of torch.func, whose derivatives the kernels lack.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 
 import torch
 
-from fasttune.ops import _cpp, _cuda
+from fasttune.ops import _cpp, _cuda, _transforms
 
 BACKENDS = ("cpp", "triton", "cuda", "torch")
 
@@ -48,6 +49,8 @@ def why_not(operation: str, backend: str, device: str | None = None, dtype: torc
         if device is not None and device != "cpu":
             return f"the cpp backend runs on CPU tensors, these are on {device}"
     elif backend == "triton":
+        if device is not None and device not in ("cpu", "cuda"):
+            return f"the triton backend runs on CUDA and ROCm tensors, these are on {device}"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -71,6 +74,14 @@ def choose(operation: str, tensor: torch.Tensor, backend: str | None) -> str:
     """
     environment = os.environ.get("FASTTUNE_BACKEND") or None
     chosen = _choose(operation, tensor.device.type, tensor.dtype, backend, environment)
+    if chosen != "torch" and not torch.compiler.is_compiling():
+        if _transforms.tracing():
+            _transforms.refuse_trace(operation)
+        if _transforms.transformed():
+            if (backend or environment or "auto") == "auto":
+                return "torch"
+            if _transforms.in_functorch():
+                _transforms.refuse_transform(operation)
     if TORCH_WINS_BELOW and (backend or environment or "auto") == "auto":
         return "torch" if tensor.numel() < TORCH_WINS_BELOW.get((operation, chosen), 0) else chosen
     return chosen

@@ -11,6 +11,11 @@ def describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; the meta device has none, and asking about it raises."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def check_floating(operation: str, name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{operation}: {name} is a {type(tensor).__name__}; expected a torch.Tensor.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import check_device, check_floating, check_shape, describe
+from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
 from fasttune.ops._cuda import attention as _cuda_attention
 from fasttune.ops._operator import Operator
 from fasttune.ops._random import check_probability, draw_seed
@@ -551,9 +551,9 @@ def _check_options(
 
 def _same_dtype(*tensors: Tensor) -> list[Tensor]:
     """Under autocast the tensors in its dtype; otherwise a mixture is a mistake."""
-    device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device = tensors[0].device
+    if autocasts(device):
+        dtype = torch.get_autocast_dtype(device.type)
         return [tensor.to(dtype) for tensor in tensors]
     dtypes = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     raise TypeError(f"attention: query, key and value are {dtypes}; expected one dtype.")

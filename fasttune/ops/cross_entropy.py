@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import check_device, check_floating, check_shape, describe
+from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
 from fasttune.ops._cuda import cross_entropy as _cuda_cross_entropy
 from fasttune.ops._indices import check_integers, check_range
 from fasttune.ops._operator import Operator, must_be_traced
@@ -202,6 +202,6 @@ def cross_entropy(
     else:
         code = REDUCTIONS[reduction]
         loss = _cross_entropy(logits, labels, weight, ignore_index, label_smoothing, code, chosen)
-    if loss.dtype != logits.dtype and not torch.is_autocast_enabled(device.type):
+    if loss.dtype != logits.dtype and not autocasts(device):
         loss = loss.to(logits.dtype)
     return loss.view(shape) if reduction == "none" else loss

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends, _cpp, _triton
+from fasttune.ops import _backends, _cpp, _transforms, _triton
 from fasttune.ops._checks import check_device, check_floating, describe
 from fasttune.ops._indices import check_integers, check_range
 from fasttune.ops._operator import Operator
@@ -104,6 +104,9 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         padding_idx = ctx.padding_idx if i == 0 else None
         if not ctx.needs_input_grad[2 * i + 1]:
             gradients += (None, None)
+        elif i == 0 and ctx.sparse and torch.is_grad_enabled():
+            # A graph of the gradient goes through the operator, which refuses to be differentiated.
+            gradients += (None, _embedding_gradient(dout, ids, size, padding_idx, ctx.backend).to_sparse(1))
         elif i == 0 and ctx.sparse:
             gradients += (None, _sparse_gradient[ctx.backend](dout, ids, size, padding_idx))
         else:
@@ -181,6 +184,8 @@ def embedding(
             raise ValueError(f"embedding: padding_idx is {padding_idx}; expected a row of word_weight, {size} in all.")
         padding_idx %= size
     chosen = _backends.choose("embedding", word_weight, backend)
+    if sparse_grad and not torch.compiler.is_compiling() and _transforms.transformed():
+        sparse_grad = False  # torch.func has no sparse tensors
     args = (
         *(word_ids, word_weight, token_type_ids, token_type_weight, position_ids, position_weight),
         *(padding_idx, sparse_grad),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import check_device, check_floating, check_shape, describe
+from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
 from fasttune.ops._indices import check_range
 from fasttune.ops._operator import Operator, must_be_traced
 from fasttune.ops._reference.cross_entropy import linear_cross_entropy as linear_cross_entropy_reference
@@ -246,6 +246,18 @@ def _fake(
     return loss, gradients[0], gradients[1], gradients[2]
 
 
+def _zero(*tensors: Tensor | None) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=next(x.device for x in tensors if x is not None))
+
+
+# The gradients that forward leaves are constants to autograd. Where backward is asked for their graph, this zero ties
+# them to what they depend on; it keeps none of its inputs and refuses to be differentiated.
+_anchor = Operator(
+    "linear_cross_entropy_gradient",
+    "(Tensor? input, Tensor? weight, Tensor? bias) -> Tensor",
+    dict.fromkeys(("cpp", "triton"), _zero),
+    _zero,
+)
 _scale = _triton.lazy("linear_cross_entropy", "scale_in_place")
 
 
@@ -258,12 +270,14 @@ def _setup_context(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...])
     if ctx.reduction == NONE:
         ctx.save_for_backward(input, weight, target, bias, class_weight)
     elif must_be_traced(outputs[0]):
-        ctx.save_for_backward(*outputs[1:])
+        ctx.save_for_backward(*outputs[1:], input, weight, bias)
     else:
         # Held here, not among the saved tensors, they are provably ours alone: no hook has seen them. Backward may
         # then hand them out or scale them in place. `target` is saved so that autograd notices a second backward.
         ctx.save_for_backward(target)
         ctx.gradients = outputs[1:]
+        with torch.enable_grad():  # keeps the way to the inputs, and none of them
+            ctx.anchor = _anchor(input, weight, bias, ctx.backend)
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -273,7 +287,12 @@ def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
             dloss, *saved, ctx.ignore_index, ctx.label_smoothing, *ctx.needs, ctx.backend
         )
     elif ctx.gradients is None:
-        gradients = tuple(gradient * dloss for gradient in saved)
+        gradients, inputs = saved[:3], saved[3:]
+        if torch.is_grad_enabled():
+            dloss = dloss + _anchor(*inputs, ctx.backend)
+        gradients = tuple(gradient * dloss for gradient in gradients)
+    elif torch.is_grad_enabled():
+        gradients = tuple(gradient * (dloss + ctx.anchor) for gradient in ctx.gradients)
     else:
         gradients = ctx.gradients
         once = not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -411,7 +430,7 @@ def linear_cross_entropy(
     _check(input, linear_weight, target, linear_bias, weight, label_smoothing, reduction, normalizer)
     device = input.device
     chosen = _backends.choose("linear_cross_entropy", input, backend)
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = autocasts(device)
     if autocast and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device.type))
     if isinstance(normalizer, Tensor):
@@ -468,7 +487,7 @@ def _check(
         check_device(name, "linear_bias", linear_bias, device, "input")
     for what, parameter in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if parameter is not None and parameter.dtype != input.dtype and parameter.dtype != torch.float32:
-            if torch.is_autocast_enabled(device.type):
+            if autocasts(device):
                 continue
             raise TypeError(f"{name}: {what} is {describe(parameter)}; expected {input.dtype} like input, or float32.")
     check_loss_arguments(name, target, input.shape[:-1], classes, device, weight, label_smoothing, reduction)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune.ops import _backends, _triton
+from fasttune.ops import _backends, _transforms, _triton
 from fasttune.ops._checks import check_device, check_shape, describe
 from fasttune.ops._operator import Operator
 
@@ -52,6 +52,7 @@ class PackedBatch:
             raise ValueError(
                 f"pack: attention_mask is {describe(attention_mask)}; expected a 0/1 mask of shape (B, S)."
             )
+        _check_readable("attention_mask", attention_mask, total, longest)
         real = attention_mask != 0
         lengths = real.sum(1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -73,6 +74,7 @@ class PackedBatch:
         """
         if position_ids.dim() != 2:
             raise ValueError(f"pack: position_ids is {describe(position_ids)}; expected shape (B, S).")
+        _check_readable("position_ids", position_ids, sequences, longest)
         first = places(sequence_starts(position_ids), sequences).to(torch.int32)
         total = torch.full((1,), position_ids.numel(), dtype=torch.int32, device=position_ids.device)
         cu_seqlens = torch.cat((first, total)) if position_ids.numel() else total
@@ -97,6 +99,24 @@ class PackedBatch:
     def is_full(self) -> bool:
         """Whether there is no padding at all."""
         return self.total == self.shape[0] * self.shape[1]
+
+
+def _check_readable(name: str, tensor: Tensor, *counts: int | None) -> None:
+    """Raises RuntimeError where counts would have to be read from a tensor that does not show its values."""
+    if None not in counts or torch.compiler.is_compiling():
+        return
+    why = None
+    if tensor.is_meta:
+        why = "lies on the meta device"
+    elif _transforms.tracing():
+        why = "is being traced, and its counts would become constants"
+    elif torch._C._functorch.is_batchedtensor(tensor):
+        why = "is mapped over by torch.func.vmap"
+    if why is not None:
+        raise RuntimeError(
+            f"fasttune: pack cannot read how many tokens there are from {name}, which {why}; pass a PackedBatch, or"
+            " fasttune.unpatch(model) first."
+        )
 
 
 def sequence_starts(position_ids: Tensor) -> Tensor:
@@ -174,8 +194,15 @@ def _copier(x: Tensor) -> str:
     return _backends.choose("packing", x, None) if requested in ("auto", "triton") else "torch"
 
 
+def _composed() -> bool:
+    """Whether something needs the derivatives or the records that torch's own operators have."""
+    return not torch.compiler.is_compiling() and (_transforms.transformed() or _transforms.tracing())
+
+
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
     """rows[indices] for distinct indices: (R, ...) and int64 (T,) to (T, ...). Its backward writes zeros elsewhere."""
+    if _composed():
+        return _gather(rows, indices, rows.shape[0])
     return _gather_rows(rows, indices, rows.shape[0], _copier(rows))
 
 
@@ -199,5 +226,9 @@ def unpack(packed: Tensor, batch: PackedBatch) -> Tensor:
     """
     check_shape("unpack", "packed", packed, (batch.total, *packed.shape[1:]), "one row per real token")
     check_device("unpack", "packed", packed, batch.indices.device, "the batch")
-    rows = _scatter_rows(packed, batch.indices, batch.shape[0] * batch.shape[1], _copier(packed))
+    count = batch.shape[0] * batch.shape[1]
+    if _composed():
+        rows = _scatter(packed, batch.indices, count)
+    else:
+        rows = _scatter_rows(packed, batch.indices, count, _copier(packed))
     return rows.view(*batch.shape, *packed.shape[1:])

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttune.ops import _transforms
+
 
 class _Tie(torch.autograd.Function):
     @staticmethod
@@ -23,11 +25,12 @@ class _Tie(torch.autograd.Function):
         return weight.detach(), weight.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, lookup: Tensor | None, head: Tensor | None) -> tuple[Tensor | None, None]:
         if head is None or lookup is None:
             alone = lookup if head is None else head
             return alone.to_dense() if alone is not None and alone.is_sparse else alone, None
+        if torch.is_grad_enabled():  # a graph of the gradients: nothing in place, and plain operators
+            return head + (lookup.to_dense() if lookup.is_sparse else lookup), None
         handles: int = head._use_count()  # type: ignore[attr-defined]
         holders = (handles, sys.getrefcount(head), _storage_count(head))
         if ctx.probe is not None:
@@ -69,5 +72,7 @@ def tied_views(weight: Tensor) -> tuple[Tensor, Tensor]:
     Ask `embedding` for sparse_grad=True on the first. Any order, either one alone, several backward passes and several
     pairs at a time are right; either may be used any number of times.
     """
+    if _transforms.transformed() or _transforms.tracing():  # autograd adds the gradients, as it would without this
+        return weight, weight
     lookup, head = _Tie.apply(weight, None)
     return lookup, head

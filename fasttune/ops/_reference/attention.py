@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasttune.ops import _transforms
 from fasttune.ops._reference.philox import attention_keep_mask, keep_scale
 
 # Shape legend: N sequences, Q queries and K keys of each, H heads, D head dimension; packed: T rows in all.
@@ -74,7 +75,7 @@ def _packed(
     if rows == 0:
         return (query * 0.0 + key * 0.0 + value * 0.0).contiguous()
     if max_seqlen is None:
-        max_seqlen = rows if torch.compiler.is_compiling() else int(lengths.max())
+        max_seqlen = rows if _unknown(cu_seqlens) else int(lengths.max())
     inside, source = _padding(cu_seqlens, lengths, max_seqlen)
     q, k, v = (x.index_select(0, source).unflatten(0, (sequences, max_seqlen)) for x in (query, key, value))
     visible = inside.view(sequences, 1, 1, max_seqlen)
@@ -104,9 +105,8 @@ def attention_of_chosen_queries(
     if rows == 0 or key.shape[0] == 0:
         return (query * 0.0 + key.sum() * 0.0 + value.sum() * 0.0).contiguous()
     counts, lengths = cu_seqlens_q.diff().long(), cu_seqlens.diff().long()
-    compiling = torch.compiler.is_compiling()
-    most = rows if compiling else int(counts.max())
-    longest = max_seqlen or (key.shape[0] if compiling else int(lengths.max()))
+    most = rows if _unknown(cu_seqlens_q) else int(counts.max())
+    longest = max_seqlen or (key.shape[0] if _unknown(cu_seqlens) else int(lengths.max()))
     chosen, source_q = _padding(cu_seqlens_q, counts, most)
     inside, source = _padding(cu_seqlens, lengths, longest)
     q = query.index_select(0, source_q).unflatten(0, (sequences, most))
@@ -119,6 +119,11 @@ def attention_of_chosen_queries(
     row = torch.arange(rows, device=query.device)
     sequence = torch.bucketize(row, cu_seqlens_q[1:].long(), right=True)
     return out.flatten(0, 1).index_select(0, sequence * most + row - cu_seqlens_q[:-1].long()[sequence])
+
+
+def _unknown(offsets: Tensor) -> bool:
+    """Whether the lengths cannot be looked at, or would be taken for constants."""
+    return torch.compiler.is_compiling() or offsets.is_meta or _transforms.tracing()
 
 
 def _padding(offsets: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasttune.ops._checks import autocasts
+
 
 def cross_entropy(
     logits: Tensor,
@@ -51,7 +53,7 @@ def linear_cross_entropy(
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """cross_entropy of input (N, C) @ linear_weight (V, C).T + linear_bias (V,), a product in the dtype of linear."""
-    if not torch.is_autocast_enabled(input.device.type):
+    if not autocasts(input.device):
         linear_weight = linear_weight.to(input.dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(input.dtype)
     logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
