@@ -56,13 +56,14 @@ def _logits(row, bias, column, classes, MASKED: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    m, total, weights, weighted, row, bias, weight, column, classes, SMOOTH: tl.constexpr, MASKED: tl.constexpr
+    m, total, weights, weighted, near, row, bias, weight, column, classes, SMOOTH: tl.constexpr, MASKED: tl.constexpr
 ):
     x = _logits(row, bias, column, classes, MASKED)
     m_new = tl.maximum(m, x)
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a lane that has seen nothing stays at 0, not NaN
     total = total * tl.exp(m - shift) + tl.exp(x - shift)
     if SMOOTH:
+        x -= near
         if MASKED:
             x = tl.where(column < classes, x, 0.0)
         if weight is not None:
@@ -74,8 +75,9 @@ def _accumulate(
 
 
 @triton.jit
-def _statistics(logits, offset, bias, weight, classes, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the row at `offset`: m, Σ exp(x - m), Σ w, Σ w x; the last two for SMOOTH alone."""
+def _statistics(logits, offset, bias, weight, classes, near, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the row at `offset`: m, Σ exp(x - m), Σ w, Σ w (x - near); the last two for SMOOTH alone. near: a number like
+    the row's, without which the last sum would cancel where logits lie far from 0."""
     head, middle = _split(offset, classes, BLOCK)
     lane = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -85,14 +87,14 @@ def _statistics(logits, offset, bias, weight, classes, SMOOTH: tl.constexpr, BLO
     bias_row, weight_row = None if bias is None else bias + head, None if weight is None else weight + head
     for first in range(0, middle, BLOCK):
         m, total, weights, weighted = _accumulate(
-            *(m, total, weights, weighted, row, bias_row, weight_row, first + lane, classes, SMOOTH, False)
+            *(m, total, weights, weighted, near, row, bias_row, weight_row, first + lane, classes, SMOOTH, False)
         )
     row = logits + offset
     for first in range(0, classes - middle, BLOCK):  # both ends: once, rarely twice
         column = first + lane
         column = tl.where(column < head, column, column + middle)
         m, total, weights, weighted = _accumulate(
-            *(m, total, weights, weighted, row, bias, weight, column, classes, SMOOTH, True)
+            *(m, total, weights, weighted, near, row, bias, weight, column, classes, SMOOTH, True)
         )
     largest = tl.max(m, 0)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -227,17 +229,18 @@ def cross_entropy_forward_kernel(
         if gradient is not None:
             _write_zeros(gradient, offset, classes, BLOCK)
     else:
-        m, total, weights, weighted = _statistics(logits, offset, bias, weight, classes, SMOOTH, BLOCK)
-        log_total = tl.log(total)
         at_label = tl.load(logits + offset + label, mask=(label >= 0) & (label < classes), other=float("nan"))
         at_label = at_label.to(tl.float32)
         if bias is not None:
             at_label += tl.load(bias + label, mask=(label >= 0) & (label < classes), other=0.0).to(tl.float32)
+        near = tl.where(tl.abs(at_label) < float("inf"), at_label, 0.0)
+        m, total, weights, weighted = _statistics(logits, offset, bias, weight, classes, near, SMOOTH, BLOCK)
+        log_total = tl.log(total)
         value = (1.0 - smoothing) * _label_weight(weight, label, classes) * (log_total + (m - at_label))
         if weight is None:
             weights = classes.to(tl.float32)
         if SMOOTH:
-            value += smoothing / classes * (log_total * weights + (m * weights - weighted))
+            value += smoothing / classes * (log_total * weights + ((m - near) * weights - weighted))
         tl.store(loss + row, value)
         if statistics is not None:
             tl.store(statistics + 2 * row, m)

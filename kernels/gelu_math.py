@@ -4,8 +4,9 @@ erf:  gelu(x) = x Φ(x),  gelu'(x) = Φ(x) + x φ(x),  Φ and φ the normal dist
 tanh: gelu(x) = x (1 + tanh u) / 2 = x σ(2u),  u = √(2/π) (x + 0.044715 x³),
       gelu'(x) = σ(2u) + 2 x σ(2u) (1 - σ(2u)) u',  u' = √(2/π) (1 + 0.134145 x²).
 Source: Hendrycks and Gimpel 2016, "Gaussian error linear units". Beyond |x| = 10 both are x or 0 in float32; u is taken
-at the clamped x there, so that neither its cube nor exp(2u) can overflow. Below -10 the 0 is written: the product of a
-huge x or of -inf with what is left of σ or of 1 + erf would be another number.
+at the clamped x there, so that neither its cube nor exp(2u) can overflow. Below -10 x is multiplied by 0: the product
+of a huge x with what is left of σ or of 1 + erf would be another number. That, and x - x in the slope, give an infinity
+the NaN that it has by the formulas: -inf · 0.
 """
 
 import triton
@@ -33,7 +34,7 @@ def gelu(x, KIND: tl.constexpr):
     else:
         near = _near(x)
         y = x * tl.sigmoid(1.5957691216057308 * (near + 0.044715 * near * near * near))
-    return tl.where(x < -10.0, 0.0, y)
+    return tl.where(x < -10.0, x * 0.0, y)
 
 
 @triton.jit
@@ -49,4 +50,4 @@ def gelu_derivative(x, KIND: tl.constexpr):
         inverse = 1.0 / (1.0 + e)
         s = tl.where(u2 >= 0.0, inverse, e * inverse)
         slope = s + near * (e * inverse * inverse) * (1.5957691216057308 * (1.0 + 0.134145 * square))
-    return tl.where(x < -10.0, 0.0, slope)
+    return tl.where(x < -10.0, 0.0, slope) + (x - x)

@@ -7,6 +7,9 @@
 //
 //     dx_c = u (p_c ((1 - s) w_y + s / V W) - s / V w_c - [c = y] (1 - s) w_y).
 //
+// With label smoothing the logits are summed relative to m: W (m + log z) and sum_c w_c x_c would cancel
+// where they lie far from 0.
+//
 // exp(lse) is kept as the pair (m, z) with exp(lse) = z exp(m), m the largest logit: p_c = exp(x_c - m) / z
 // then has no rounding error that grows with the logits, as x_c - lse would have.
 //
@@ -22,10 +25,11 @@
 #include "cpu/simd/begin.h"
 
 constexpr int64_t kBlock = 1024;
-// Gradients of probabilities below this become 0. They change nothing, but the products that follow would run
-// into subnormal numbers: with logits of spread 16 the three products of linear_cross_entropy took 60 times
-// as long.
-constexpr float kNegligible = 7.888609052210118e-31f;  // 2^-100
+// Gradients of probabilities below this become 0. They change nothing, but the products that follow would
+// run into subnormal numbers: with logits of spread 16 the three products of linear_cross_entropy took 60
+// times as long.
+constexpr float kNegligible = 7.888609052210118e-31f;  // 2^-100, and for tiny upstream gradients
+constexpr float kShare = 8.271806125530277e-25f;       // 2^-80 of the row's largest
 
 // x_c + bias_c for kLanes classes from c on, n of them valid.
 template <class T>
@@ -39,10 +43,12 @@ FT_INLINE float logit_at(const T* x, const float* bias, int64_t c) {
   return logit(x, bias, c, 1).v[0];
 }
 
+FT_INLINE M lanes_that_exist(int64_t n) { return less_than(lane_index(), set1_u(static_cast<uint32_t>(n))); }
+
 struct RowStatistics {
   float largest;
   double sum;       // of exp(x_c - largest)
-  double weighted;  // sum_c w_c x_c, where label smoothing needs it
+  double weighted;  // sum_c w_c (x_c - largest), where label smoothing needs it
 };
 
 template <class T>
@@ -50,7 +56,7 @@ RowStatistics row_statistics(const CrossEntropyArgs& args, const T* x) {
   const bool smooth = args.label_smoothing != 0.0f;
   const float lowest = std::numeric_limits<float>::lowest();
   float largest = lowest;  // finite, so that classes masked by -inf add nothing instead of NaN
-  double sum = 0.0, weighted = 0.0;
+  double sum = 0.0, weighted = 0.0, seen = 0.0;  // seen: sum of the weights so far
   for (int64_t begin = 0; begin < args.classes; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, args.classes),
                   whole = begin + (end - begin) / kLanes * kLanes;
@@ -65,6 +71,7 @@ RowStatistics row_statistics(const CrossEntropyArgs& args, const T* x) {
     for (c = whole; c < end; ++c) block_largest = std::max(block_largest, logit_at(x, args.bias, c));
     if (block_largest > largest) {
       sum *= std::exp(static_cast<double>(largest) - block_largest);
+      if (seen != 0.0) weighted -= seen * (static_cast<double>(block_largest) - largest);
       largest = block_largest;
     }
     const F shift = set1(largest);
@@ -82,17 +89,21 @@ RowStatistics row_statistics(const CrossEntropyArgs& args, const T* x) {
     }
     sum += reduce_add(sum0 + sum1);
     if (smooth) {
-      F partial = zero();
+      F partial = zero(), weights = zero();
       for (c = begin; c < end; c += kLanes) {
         const int64_t n = end - c;
-        const F value = logit(x, args.bias, c, n);
-        if (!args.class_weight)
-          partial = partial + value;
-        else
-          partial = fma(value, n >= kLanes ? load(args.class_weight + c) : load_n(args.class_weight + c, n),
-                        partial);
+        const F value = logit(x, args.bias, c, n) - shift;
+        if (!args.class_weight) {
+          partial = partial + (n >= kLanes ? value : keep(lanes_that_exist(n), value));
+        } else {
+          const F w =
+              n >= kLanes ? load(args.class_weight + c) : load_n(args.class_weight + c, n);  // zeros beyond
+          partial = fma(value, w, partial);
+          weights = weights + w;
+        }
       }
       weighted += reduce_add(partial);
+      seen = args.class_weight ? seen + reduce_add(weights) : static_cast<double>(end);
     }
   }
   return {largest, sum, weighted};
@@ -102,9 +113,9 @@ RowStatistics row_statistics(const CrossEntropyArgs& args, const T* x) {
 // if not null.
 template <class T>
 FT_INLINE void gradient_lanes(const T* x, T* gradient, const CrossEntropyArgs& args, float* partial,
-                              int64_t c, int64_t n, F shift, F slope, F smoothing) {
+                              int64_t c, int64_t n, F shift, F slope, F negligible, F smoothing) {
   F value = exp(logit(x, args.bias, c, n) - shift) * slope;
-  value = select(abs(value) < set1(kNegligible), zero(), value);  // NaN stays
+  value = select(abs(value) < negligible, zero(), value);  // NaN stays
   if (args.label_smoothing != 0.0f) {
     if (!args.class_weight)
       value = value - smoothing;
@@ -144,8 +155,7 @@ void cross_entropy_row(const CrossEntropyArgs& args, int64_t row, float* partial
     sum = static_cast<float>(row_is.sum);
     const double log_sum = std::log(row_is.sum), above_label = static_cast<double>(largest) - label_logit;
     double loss = label_weight * (above_label + log_sum);
-    if (smoothing != 0.0f)
-      loss += smoothing * (args.class_weight_sum * (largest + log_sum) - row_is.weighted);
+    if (smoothing != 0.0f) loss += smoothing * (args.class_weight_sum * log_sum - row_is.weighted);
     args.loss[row] = static_cast<float>(loss);
     if (args.statistics) args.statistics[2 * row] = largest, args.statistics[2 * row + 1] = sum;
   } else {
@@ -157,13 +167,16 @@ void cross_entropy_row(const CrossEntropyArgs& args, int64_t row, float* partial
   const float upstream = args.scale * (args.row_scale ? args.row_scale[row * args.row_scale_stride] : 1.0f);
   const float slope = upstream * (label_weight + smoothing * total_weight) / sum;
   const F shift = set1(largest), slope_lanes = set1(slope), smoothing_lanes = set1(upstream * smoothing);
+  const F negligible = set1(std::min(kNegligible, kShare * std::abs(slope)));
   int64_t c = 0;
   for (; c + 2 * kLanes <= classes; c += 2 * kLanes) {
-    gradient_lanes(x, gradient, args, partial, c, kLanes, shift, slope_lanes, smoothing_lanes);
-    gradient_lanes(x, gradient, args, partial, c + kLanes, kLanes, shift, slope_lanes, smoothing_lanes);
+    gradient_lanes(x, gradient, args, partial, c, kLanes, shift, slope_lanes, negligible, smoothing_lanes);
+    gradient_lanes(x, gradient, args, partial, c + kLanes, kLanes, shift, slope_lanes, negligible,
+                   smoothing_lanes);
   }
   for (; c < classes; c += kLanes)
-    gradient_lanes(x, gradient, args, partial, c, classes - c, shift, slope_lanes, smoothing_lanes);
+    gradient_lanes(x, gradient, args, partial, c, classes - c, shift, slope_lanes, negligible,
+                   smoothing_lanes);
   // The label's own term, from the logit read above: what was stored may already be rounded.
   float at_label = slope * std::exp(label_logit - largest) - upstream * label_weight;
   at_label -= upstream * smoothing * (args.class_weight ? args.class_weight[label] : 1.0f);

@@ -34,14 +34,15 @@ __device__ __forceinline__ float tanh_gate(float x, float* exponential) {
   return 1.0f / (1.0f + *exponential);
 }
 
-// Beyond ±16 both forms are saturated in float32; clamped there, no intermediate overflows. NaN stays NaN.
+// Beyond ±16 both forms are saturated in float32; clamped there, no intermediate overflows. At
+// -16 the gate is 0, and x times it -0, or NaN for -inf. NaN stays NaN.
 __device__ __forceinline__ float gelu_clamp(float x) { return x > 16.0f ? 16.0f : (x < -16.0f ? -16.0f : x); }
 
 __device__ __forceinline__ float gelu(float x, bool tanh) {
   const float inside = gelu_clamp(x);
   float unused;
   const float gate = tanh ? tanh_gate(inside, &unused) : normal_cdf(inside, &unused);
-  return (x < -16.0f ? inside : x) * gate;
+  return x * gate;
 }
 
 // gelu(x), and in `slope` its derivative.
@@ -62,7 +63,8 @@ __device__ __forceinline__ float gelu_with_slope(float x, bool tanh, float* slop
     gate = normal_cdf(inside, &gaussian);
     *slope = fmaf(inside * 0.3989422804014327f, gaussian, gate);
   }
-  return (x < -16.0f ? inside : x) * gate;
+  *slope += x - x;  // an infinity times the density: NaN, as in stock's formula
+  return x * gate;
 }
 
 }  // namespace fasttune::cuda

@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kMaxGroupWarps* kWarp)
   }
   sums = group_sum(sums, me.group, me.warps, scratch);
   const float repair = sums.x / count;
-  const float rstd = 1.0f / sqrtf(fmaxf(0.0f, sums.y / count - repair * repair) + args.eps);
+  // Fused: where the squares overflow, the repair's must not, or the variance would be 0 and not infinite.
+  const float variance = fmaxf(0.0f, fmaf(-repair, repair, sums.y / count));
+  const float rstd = 1.0f / sqrtf(variance + args.eps);
   if (inside && warp_index() % me.warps == 0 && lane_index() == 0) {
     args.statistics[row] = rough_mean + repair;
     args.statistics[args.rows + row] = rstd;
