@@ -171,21 +171,21 @@ class Layout:
             return self.cu_seqlens, self.cu_seqlens, None
         return self.cu_seqlens_q, self.cu_seqlens, self.positions_q.to(torch.int32)
 
-    def sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int]:
-        """Sequences, and queries and keys: of each, or packed of all."""
-        if self.cu_seqlens is None:
-            return query.shape[0], query.shape[1], key.shape[1]
-        return self.cu_seqlens.shape[0] - 1, query.shape[0], key.shape[0]
+    def sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+        """Sequences, heads, and queries and keys: of each sequence, or packed of all."""
+        sequences = query.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return sequences, query.shape[-2], query.shape[-3], key.shape[-3]
 
     def lse_strides(self, query: Tensor) -> tuple[int, int]:
         """Of sequence and head of lse, (N, H, Q) or (H, R)."""
         queries, heads = query.shape[-3:-1]
         return (heads * queries if self.cu_seqlens is None else 0), queries
 
-    def grid(self, rows: int, block: int, sequences: int, heads: int) -> tuple[int, int, int]:
+    def grid(self, rows: int, block: int, sequences: int, heads: int) -> tuple[int]:
+        """One dimension: CUDA's others end at 65535."""
         if self.cu_seqlens is None:
-            return triton.cdiv(rows, block), heads, sequences
-        return rows // block + sequences, heads, 1
+            return (triton.cdiv(rows, block) * heads * sequences,)
+        return ((rows // block + sequences) * heads,)
 
 
 def _constants(query: Tensor, causal: bool) -> dict[str, object]:
@@ -248,7 +248,7 @@ def _run_forward(
     constants, pointers = _constants(query, causal), layout.pointers()
 
     def launch_with(tile: Tiles) -> None:
-        attention_forward_kernel[layout.grid(sizes[1], tile.block_m, sizes[0], heads)](
+        attention_forward_kernel[layout.grid(sizes[2], tile.block_m, *sizes[:2])](
             *(query, key, value, out, lse, *pointers, seed, *sizes),
             *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *layout.lse_strides(query)),
             *(scale, threshold, keep_scale),
@@ -282,7 +282,6 @@ def _run_backward(
                 gradient.zero_()
         return
     sizes, pointers = layout.sizes(query, key), layout.pointers()
-    heads = query.shape[-2]
     delta = torch.empty_like(lse)
     threshold, keep_scale = dropout_arguments(seed, dropout_p)
     constants = _constants(query, causal)
@@ -290,7 +289,7 @@ def _run_backward(
     options = (*layout.lse_strides(query), scale, threshold, keep_scale)
 
     def launch_dq(tile: Tiles) -> None:
-        attention_dq_kernel[layout.grid(sizes[1], tile.block_m, sizes[0], heads)](
+        attention_dq_kernel[layout.grid(sizes[2], tile.block_m, *sizes[:2])](
             *(dout, query, key, value, out, lse, delta, dq, *pointers, seed, *sizes),
             *(*inputs, *_strides(out), *_strides(dq), *options),
             STEP=_step(tile, query.dtype, seed),
@@ -299,7 +298,7 @@ def _run_backward(
         )
 
     def launch_dkdv(tile: Tiles) -> None:
-        attention_dkdv_kernel[layout.grid(sizes[2], tile.block_n, sizes[0], heads)](
+        attention_dkdv_kernel[layout.grid(sizes[3], tile.block_n, *sizes[:2])](
             *(dout, query, key, value, lse, delta, dk, dv, *pointers, seed, *sizes),
             *(*inputs, *_strides(dk), *_strides(dv), *options),
             **_tile_constants(tile),

@@ -84,6 +84,7 @@ def attention_forward_kernel(
     positions,
     seed,
     sequences,
+    heads,
     queries,
     keys,
     q_sequence,
@@ -111,7 +112,7 @@ def attention_forward_kernel(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    sequence, tile = find_tile(q_offsets, sequences, BLOCK_M)
+    sequence, own, tile = find_tile(q_offsets, sequences, heads, queries, BLOCK_M)
     first_row, queries = extent(q_offsets, sequence, queries)
     start, keys = extent(k_offsets, sequence, keys)
     first_query = (tl.cdiv(queries, BLOCK_M) - 1 - tile) * BLOCK_M
@@ -119,12 +120,12 @@ def attention_forward_kernel(
         return
     valid = first_query + tl.arange(0, BLOCK_M) < queries
     position, lowest, highest, offset = tile_positions(positions, first_row, first_query, queries, keys, BLOCK_M)
-    head = sequence * tl.num_programs(1) + tl.program_id(1)
+    head = sequence * heads + own
     if seed is not None:
         seed = tl.load(seed)
     first_row += first_query
-    q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
-    k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
+    q_tile = load_rows(head_of(q, sequence, own, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
+    k, v = head_of(k, sequence, own, k_sequence, k_head), head_of(v, sequence, own, v_sequence, v_head)
     last, full = keys, keys
     if CAUSAL:
         last = tl.minimum(keys - 1, highest + offset) + 1
@@ -142,5 +143,5 @@ def attention_forward_kernel(
     seen = total > 0.0
     acc *= tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)[:, None]
     log = tl.where(seen, m + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
-    tl.store(head_of(lse, lse_sequence, lse_head) + first_row + tl.arange(0, BLOCK_M), log, mask=valid)
-    store_rows(head_of(out, out_sequence, out_head), first_row, out_row, acc, valid, HEAD_DIM, BLOCK_D)
+    tl.store(head_of(lse, sequence, own, lse_sequence, lse_head) + first_row + tl.arange(0, BLOCK_M), log, mask=valid)
+    store_rows(head_of(out, sequence, own, out_sequence, out_head), first_row, out_row, acc, valid, HEAD_DIM, BLOCK_D)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fasttune.kernels import launch
-from fasttune.kernels.launch import dropout_arguments, power_of_two
+from fasttune.kernels.launch import dropout_arguments, power_of_two, tile_of
 from fasttune.kernels.philox import dropped_elements
 
 TILE = 4096
@@ -33,8 +33,9 @@ def dropout_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first_column = tl.program_id(1) * COLUMNS
+    row_tile, column_tile = tile_of(columns, COLUMNS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    first_column = column_tile * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -67,7 +68,7 @@ def dropout(
     threshold, scale = dropout_arguments(seed, dropout_p)
     block_columns = min(1024, power_of_two(columns, 128))
     block_rows = TILE // block_columns
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
+    grid = (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)
     dropout_kernel[grid](
         *(x, residual, out, row_ids, seed, rows, columns, threshold, scale),
         ROWS=block_rows,

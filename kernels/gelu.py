@@ -16,14 +16,16 @@ from torch import Tensor
 from fasttune.kernels import launch
 from fasttune.kernels.column_sums import column_sums
 from fasttune.kernels.gelu_math import gelu, gelu_derivative, kind
+from fasttune.kernels.launch import tile_of
 
 ROWS, COLUMNS = 32, 128
 
 
 @triton.jit(do_not_specialize=["rows"])
 def bias_gelu_forward_kernel(x, bias, y, rows, columns, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_tile, column_tile = tile_of(columns, COLUMNS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]
     value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
@@ -77,7 +79,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if x.numel():
         columns = x.shape[-1]
         rows = x.numel() // columns
-        bias_gelu_forward_kernel[(triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))](
+        bias_gelu_forward_kernel[(triton.cdiv(columns, COLUMNS) * triton.cdiv(rows, ROWS),)](
             x, bias, y, rows, columns, KIND=kind(tanh), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=launch.warps(4)
         )
     return y

@@ -5,6 +5,7 @@ import os
 
 import torch
 import triton
+import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -28,6 +29,13 @@ def multiprocessors(device: torch.device) -> int:
     if INTERPRETED:
         return 3  # few enough that programs loop, odd so that the last one is short of work
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def tile_of(columns, COLUMNS: tl.constexpr):
+    """This program's tile of rows and of COLUMNS columns, in a grid of one dimension: the others end at 65535."""
+    tiles = tl.cdiv(columns, COLUMNS)
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles
 
 
 def warps(on_nvidia: int) -> int:

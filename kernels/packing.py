@@ -14,15 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttune.kernels import launch
-from fasttune.kernels.launch import power_of_two
+from fasttune.kernels.launch import power_of_two, tile_of
 
 TILE = 4096
 
 
 @triton.jit(do_not_specialize=["rows", "source_rows"])
 def gather_rows_kernel(source, index, out, rows, source_rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row_tile, column_tile = tile_of(columns, COLUMNS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     source_row = tl.load(index + row, mask=row < rows, other=-1)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     known = inside & ((source_row >= 0) & (source_row < source_rows))[:, None]
@@ -48,7 +49,7 @@ def _gather(source: Tensor, index: Tensor, rows: int) -> Tensor:
     columns = out.numel() // rows
     block_columns = min(1024, power_of_two(columns, 128))
     block_rows = TILE // block_columns
-    gather_rows_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
+    gather_rows_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)](
         *(source, index, out, rows, source.shape[0], columns),
         ROWS=block_rows,
         COLUMNS=block_columns,
