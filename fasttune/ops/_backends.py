@@ -72,6 +72,8 @@ def choose(operation: str, tensor: torch.Tensor, backend: str | None) -> str:
 
     Raises ValueError for an unknown name and RuntimeError for an explicit request that cannot run.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{operation}: backend is {backend!r}; expected a name or None.")
     environment = os.environ.get("FASTTUNE_BACKEND") or None
     chosen = _choose(operation, tensor.device.type, tensor.dtype, backend, environment)
     if chosen != "torch" and not torch.compiler.is_compiling():

@@ -16,14 +16,29 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def check_floating(operation: str, name: str, tensor: torch.Tensor) -> None:
+def check_tensor(operation: str, name: str, tensor: object, expected: str = "a torch.Tensor") -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{operation}: {name} is a {type(tensor).__name__}; expected a torch.Tensor.")
+        raise TypeError(f"{operation}: {name} is a {type(tensor).__name__}; expected {expected}.")
+
+
+def check_integer(operation: str, name: str, value: object) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{operation}: {name} is {value!r}; expected an integer.")
+
+
+def check_number(operation: str, name: str, value: object) -> None:
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{operation}: {name} is {value!r}; expected a number.")
+
+
+def check_floating(operation: str, name: str, tensor: torch.Tensor) -> None:
+    check_tensor(operation, name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{operation}: {name} is {describe(tensor)}; expected a floating-point tensor.")
 
 
 def check_shape(operation: str, name: str, tensor: torch.Tensor, shape: Sequence[int], meaning: str = "") -> None:
+    check_tensor(operation, name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         because = f" ({meaning})" if meaning else ""
         raise ValueError(f"{operation}: {name} is {describe(tensor)}; expected shape {tuple(shape)}{because}.")

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _cpp
-from fasttune.ops._checks import describe
+from fasttune.ops._checks import check_tensor, describe
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NO_EXEMPTION = -(2**63)
 
 
 def check_integers(operation: str, name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{operation}: {name} is a {type(tensor).__name__}; expected a torch.Tensor of integers.")
+    check_tensor(operation, name, tensor, "a torch.Tensor of integers")
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{operation}: {name} is {describe(tensor)}; expected integers, such as int64.")
 
@@ -39,6 +38,5 @@ def check_range(operation: str, name: str, indices: Tensor, size: int, exempt: i
     where = position[0] if len(position) == 1 else position
     besides = "" if exempt is None else f" or {exempt} (ignore_index)"
     value = int(indices.flatten()[first])
-    raise IndexError(
-        f"{operation}: {name} at position {where} is {value}; expected a value from 0 to {size - 1}{besides}."
-    )
+    known = f"a value from 0 to {size - 1}" if size else "none, as there is nothing to choose from,"
+    raise IndexError(f"{operation}: {name} at position {where} is {value}; expected {known}{besides}.")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fasttune.ops._checks import check_number
+
 
 class _Replay(threading.local):
     draws: list[torch.Tensor] | None = None
@@ -47,5 +49,6 @@ def _draw(device: torch.device) -> torch.Tensor:
 
 
 def check_probability(operation: str, dropout_p: float) -> None:
+    check_number(operation, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{operation}: dropout_p is {dropout_p}; expected a probability between 0 and 1.")

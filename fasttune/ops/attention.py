@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
+from fasttune.ops._checks import (
+    autocasts,
+    check_device,
+    check_floating,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+)
 from fasttune.ops._cuda import attention as _cuda_attention
 from fasttune.ops._operator import Operator
 from fasttune.ops._random import check_probability, draw_seed
@@ -500,7 +509,9 @@ def _check_layout(
 
 def _check_chosen(query: Tensor, cu_seqlens: Tensor | None, cu_seqlens_q: Tensor, positions_q: Tensor) -> None:
     assert cu_seqlens is not None
+    check_tensor("attention", "cu_seqlens", cu_seqlens, "a torch.Tensor of integers")
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("positions_q", positions_q)):
+        check_tensor("attention", name, x, "a torch.Tensor of integers")
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"attention: {name} is {describe(x)}; expected int32 or int64.")
         check_device("attention", name, x, query.device, "query")
@@ -520,7 +531,12 @@ def _check_options(
 ) -> tuple[float, Tensor | None, str]:
     """The scale, a seed if there is dropout, and the backend."""
     check_probability("attention", dropout_p)
+    if scale is not None:
+        check_number("attention", "scale", scale)
     if cu_seqlens is not None:
+        check_tensor("attention", "cu_seqlens", cu_seqlens, "a torch.Tensor of integers")
+        if max_seqlen is not None:
+            check_integer("attention", "max_seqlen", max_seqlen)
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"attention: cu_seqlens is {describe(cu_seqlens)}; expected int32 or int64.")
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:

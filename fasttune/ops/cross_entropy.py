@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
+from fasttune.ops._checks import (
+    autocasts,
+    check_device,
+    check_floating,
+    check_integer,
+    check_number,
+    check_shape,
+    describe,
+)
 from fasttune.ops._cuda import cross_entropy as _cuda_cross_entropy
 from fasttune.ops._indices import check_integers, check_range
 from fasttune.ops._operator import Operator, must_be_traced
@@ -142,6 +150,7 @@ def check_loss_arguments(
     weight: Tensor | None,
     label_smoothing: float,
     reduction: str,
+    ignore_index: int,
 ) -> None:
     """What cross_entropy and linear_cross_entropy ask of the arguments they share."""
     check_integers(operation, "target", target)
@@ -153,9 +162,11 @@ def check_loss_arguments(
         check_floating(operation, "weight", weight)
         check_shape(operation, "weight", weight, (classes,), "one per class")
         check_device(operation, "weight", weight, device, "the logits")
+    check_integer(operation, "ignore_index", ignore_index)
+    check_number(operation, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{operation}: label_smoothing is {label_smoothing}; expected a value between 0 and 1.")
-    if reduction not in REDUCTIONS:
+    if reduction not in tuple(REDUCTIONS):
         raise ValueError(f"{operation}: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}.")
 
 
@@ -188,7 +199,9 @@ def cross_entropy(
     if logits.dim() == 0:
         raise ValueError(f"cross_entropy: logits is {describe(logits)}; expected shape (..., V) with the classes last.")
     shape, classes, device = logits.shape[:-1], logits.shape[-1], logits.device
-    check_loss_arguments("cross_entropy", target, shape, classes, device, weight, label_smoothing, reduction)
+    check_loss_arguments(
+        "cross_entropy", target, shape, classes, device, weight, label_smoothing, reduction, ignore_index
+    )
     chosen = _backends.choose("cross_entropy", logits, backend)
     labels = target if target.dtype == torch.int64 else target.long()
     if len(shape) != 1:

@@ -76,7 +76,7 @@ def dropout(
 ) -> Tensor:
     """x * mask / (1 - p) (+ residual), the mask drawn by fasttune's shared generator.
 
-    x: (..., columns), any strides, float32, bfloat16 or float16 (float64 on the torch backend).
+    x: (..., columns) or a single number, any strides, float32, bfloat16 or float16 (float64 on the torch backend).
     dropout_p: probability of dropping, honoured to 2⁻¹⁶; 0 is the identity.
     residual: x's shape, dtype and device; added after the dropout.
     row_ids: int64 (rows,), the logical number of each row, rows = x.numel() / columns; a row keeps its mask wherever it
@@ -95,6 +95,9 @@ def dropout(
         check_device("dropout", "residual", residual, x.device, "x")
         if residual.dtype != x.dtype:
             x, residual = _promote(x, residual)
+    if x.dim() == 0:
+        lone = None if residual is None else residual.view(1)
+        return dropout(x.view(1), dropout_p=dropout_p, residual=lone, row_ids=row_ids, backend=backend).view(())
     row_ids = check_row_ids("dropout", row_ids, x)
     if dropout_p == 0.0:
         return x if residual is None else x + residual

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _transforms, _triton
-from fasttune.ops._checks import check_device, check_floating, describe
+from fasttune.ops._checks import check_device, check_floating, check_integer, describe
 from fasttune.ops._indices import check_integers, check_range
 from fasttune.ops._operator import Operator
 from fasttune.ops._reference.embedding import embedding_sum as embedding_sum_reference
@@ -158,7 +158,7 @@ def embedding(
     input_ids: integers (...); word_weight: (V, C), float32, bfloat16 or float16 (float64 on the torch backend).
     position_ids with position_weight (P, C), token_type_ids with token_type_weight (Y, C): integers that broadcast to
         input_ids' shape; either pair may be left out.
-    norm_weight, norm_bias: (C,), eps: a LayerNorm of the sum, left out if norm_weight is None.
+    norm_weight, norm_bias: (C,), eps: a LayerNorm of the sum, left out if both are None.
     dropout_p: of the result, by the shared generator; row_ids: as in `dropout`.
     padding_idx: this row of word_weight gets gradient 0, as in torch.nn.Embedding; negative counts from the end.
     sparse_grad: word_weight's gradient is a coalesced sparse tensor that holds the rows that occur; on a GPU their
@@ -179,6 +179,7 @@ def embedding(
     position_ids = _pair("position", position_ids, position_weight, input_ids, word_weight)
     token_type_ids = _pair("token_type", token_type_ids, token_type_weight, input_ids, word_weight)
     if padding_idx is not None:
+        check_integer("embedding", "padding_idx", padding_idx)
         size = word_weight.shape[0]
         if not -size <= padding_idx < size:
             raise ValueError(f"embedding: padding_idx is {padding_idx}; expected a row of word_weight, {size} in all.")
@@ -191,7 +192,7 @@ def embedding(
         *(padding_idx, sparse_grad),
     )
     out: Tensor = embedding_sum_reference(*args) if chosen == "torch" else _embedding_sum(*args, chosen)
-    if norm_weight is not None:
+    if norm_weight is not None or norm_bias is not None:
         out = layer_norm(out, norm_weight, norm_bias, eps=eps, backend=chosen)
     return dropout(out, dropout_p=dropout_p, row_ids=row_ids, backend=chosen) if dropout_p else out
 

@@ -12,6 +12,7 @@ from fasttune.ops._checks import (
     check_columns,
     check_device,
     check_floating,
+    check_number,
     check_parameter,
     check_row_ids,
     check_shape,
@@ -324,6 +325,7 @@ def layer_norm(
     check_columns("layer_norm", x)
     check_parameter("layer_norm", "weight", weight, x.shape[-1], x)
     check_parameter("layer_norm", "bias", bias, x.shape[-1], x)
+    check_number("layer_norm", "eps", eps)
     chosen = _backends.choose("layer_norm", x, backend)
     if chosen == "torch":
         return layer_norm_reference(x, weight, bias, eps)
@@ -372,6 +374,7 @@ def dropout_add_layer_norm(
         x, residual = _promote(x, residual)
     check_parameter("dropout_add_layer_norm", "weight", weight, x.shape[-1], residual)
     check_parameter("dropout_add_layer_norm", "bias", bias, x.shape[-1], residual)
+    check_number("dropout_add_layer_norm", "eps", eps)
     chosen = _backends.choose("dropout_add_layer_norm", residual, backend)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     if chosen == "torch":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import check_approximate, check_columns, check_parameter
+from fasttune.ops._checks import check_approximate, check_columns, check_number, check_parameter
 from fasttune.ops._cuda import layer_norm as _cuda_layer_norm
 from fasttune.ops._operator import Operator
 from fasttune.ops._reference.layer_norm import gelu_layer_norm as gelu_layer_norm_reference
@@ -172,7 +172,7 @@ def layer_norm_gelu(
     Raises TypeError and ValueError for arguments that do not fit together, before any memory is touched, and
     RuntimeError for a backend that cannot run here.
     """
-    tanh = _check("layer_norm_gelu", x, weight, bias, approximate)
+    tanh = _check("layer_norm_gelu", x, weight, bias, eps, approximate)
     chosen = _backends.choose("layer_norm_gelu", x, backend)
     if chosen == "torch":
         return layer_norm_gelu_reference(x, weight, bias, eps, approximate)
@@ -192,15 +192,16 @@ def gelu_layer_norm(
 
     Arguments, result and errors are `layer_norm_gelu`'s.
     """
-    tanh = _check("gelu_layer_norm", x, weight, bias, approximate)
+    tanh = _check("gelu_layer_norm", x, weight, bias, eps, approximate)
     chosen = _backends.choose("gelu_layer_norm", x, backend)
     if chosen == "torch":
         return gelu_layer_norm_reference(x, weight, bias, eps, approximate)
     return _gelu_layer_norm(x, weight, bias, eps, tanh, chosen)
 
 
-def _check(operation: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, approximate: str) -> bool:
+def _check(operation: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, approximate: str) -> bool:
     check_columns(operation, x)
+    check_number(operation, "eps", eps)
     check_parameter(operation, "weight", weight, x.shape[-1], x)
     check_parameter(operation, "bias", bias, x.shape[-1], x)
     return check_approximate(operation, approximate)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
+from fasttune.ops._checks import autocasts, check_device, check_floating, check_number, check_shape, describe
 from fasttune.ops._indices import check_range
 from fasttune.ops._operator import Operator, must_be_traced
 from fasttune.ops._reference.cross_entropy import linear_cross_entropy as linear_cross_entropy_reference
@@ -54,7 +54,7 @@ def _native_bfloat16() -> bool:
 
 def chunk_rows(rows: int, classes: int, item_bytes: float) -> int:
     """Rows per chunk, so that chunks are equal and fit the budget."""
-    row_bytes = classes * item_bytes
+    row_bytes = max(1, classes) * item_bytes
     most = max(1, int(min(CHUNK_BYTES, max(ENOUGH_BYTES, ENOUGH_ROWS * row_bytes)) / row_bytes))
     chunks = -(-rows // most)
     return max(1, -(-rows // max(chunks, 1)))
@@ -427,7 +427,7 @@ def linear_cross_entropy(
     Raises IndexError for a label out of range (on CPU, naming its position), TypeError and ValueError for arguments
     that do not fit together, all before anything is computed, and RuntimeError for a backend that cannot run here.
     """
-    _check(input, linear_weight, target, linear_bias, weight, label_smoothing, reduction, normalizer)
+    _check(input, linear_weight, target, linear_bias, weight, label_smoothing, reduction, normalizer, ignore_index)
     device = input.device
     chosen = _backends.choose("linear_cross_entropy", input, backend)
     autocast = autocasts(device)
@@ -470,6 +470,7 @@ def _check(
     label_smoothing: float,
     reduction: str,
     normalizer: float | Tensor | None,
+    ignore_index: int,
 ) -> None:
     name = "linear_cross_entropy"
     check_floating(name, "input", input)
@@ -490,9 +491,13 @@ def _check(
             if autocasts(device):
                 continue
             raise TypeError(f"{name}: {what} is {describe(parameter)}; expected {input.dtype} like input, or float32.")
-    check_loss_arguments(name, target, input.shape[:-1], classes, device, weight, label_smoothing, reduction)
+    check_loss_arguments(
+        name, target, input.shape[:-1], classes, device, weight, label_smoothing, reduction, ignore_index
+    )
     if normalizer is not None:
         if reduction == "none":
             raise ValueError(f"{name}: normalizer divides a sum; with reduction 'none' there is none. Leave one out.")
-        if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        if not isinstance(normalizer, Tensor):
+            check_number(name, "normalizer", normalizer)
+        elif normalizer.numel() != 1:
             raise ValueError(f"{name}: normalizer is {describe(normalizer)}; expected a number or one element.")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _transforms, _triton
-from fasttune.ops._checks import check_device, check_shape, describe
+from fasttune.ops._checks import check_device, check_shape, check_tensor, describe
+from fasttune.ops._indices import check_integers
 from fasttune.ops._operator import Operator
 
 # Shape legend: mask (B, S); rows (B * S, ...); packed (T, ...); indices (T,) int64, the flat row of each packed token.
@@ -46,8 +47,7 @@ class PackedBatch:
 
         Raises ValueError unless the mask has two dimensions, TypeError unless it is a tensor.
         """
-        if not isinstance(attention_mask, Tensor):
-            raise TypeError(f"pack: attention_mask is a {type(attention_mask).__name__}; expected a torch.Tensor.")
+        check_tensor("pack", "attention_mask", attention_mask)
         if attention_mask.dim() != 2:
             raise ValueError(
                 f"pack: attention_mask is {describe(attention_mask)}; expected a 0/1 mask of shape (B, S)."
@@ -72,6 +72,7 @@ class PackedBatch:
 
         Raises ValueError unless position_ids has two dimensions.
         """
+        check_tensor("pack", "position_ids", position_ids)
         if position_ids.dim() != 2:
             raise ValueError(f"pack: position_ids is {describe(position_ids)}; expected shape (B, S).")
         _check_readable("position_ids", position_ids, sequences, longest)
@@ -201,6 +202,12 @@ def _composed() -> bool:
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
     """rows[indices] for distinct indices: (R, ...) and int64 (T,) to (T, ...). Its backward writes zeros elsewhere."""
+    check_tensor("gather_rows", "rows", rows)
+    check_integers("gather_rows", "indices", indices)
+    if rows.dim() == 0 or indices.dim() != 1:
+        raise ValueError(
+            f"gather_rows: rows is {describe(rows)} and indices is {describe(indices)}; expected (R, ...) and (T,)."
+        )
     if _composed():
         return _gather(rows, indices, rows.shape[0])
     return _gather_rows(rows, indices, rows.shape[0], _copier(rows))
@@ -213,6 +220,7 @@ def pack(x: Tensor, attention_mask: Tensor | PackedBatch) -> tuple[Tensor, Packe
     Differentiable and deterministic; padding rows get gradient 0. Raises ValueError where shapes or devices differ.
     """
     batch = attention_mask if isinstance(attention_mask, PackedBatch) else PackedBatch.from_mask(attention_mask)
+    check_tensor("pack", "x", x)
     if x.dim() < 2 or (x.shape[0], x.shape[1]) != batch.shape:
         raise ValueError(f"pack: x is {describe(x)}; expected shape {batch.shape} + (...), like attention_mask.")
     check_device("pack", "x", x, batch.indices.device, "attention_mask")
@@ -224,11 +232,14 @@ def unpack(packed: Tensor, batch: PackedBatch) -> Tensor:
 
     Raises ValueError if packed does not hold batch.total rows or lies on another device.
     """
+    check_tensor("unpack", "packed", packed)
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"unpack: batch is a {type(batch).__name__}; expected the PackedBatch that `pack` returned.")
     check_shape("unpack", "packed", packed, (batch.total, *packed.shape[1:]), "one row per real token")
     check_device("unpack", "packed", packed, batch.indices.device, "the batch")
     count = batch.shape[0] * batch.shape[1]
     if _composed():
-        rows = _scatter(packed, batch.indices, count)
+        rows = packed.new_zeros((count, *packed.shape[1:])).index_add(0, batch.indices, packed)  # vmap knows it
     else:
         rows = _scatter_rows(packed, batch.indices, count, _copier(packed))
     return rows.view(*batch.shape, *packed.shape[1:])

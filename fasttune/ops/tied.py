@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _transforms
+from fasttune.ops._checks import check_floating
 
 
 class _Tie(torch.autograd.Function):
@@ -72,6 +73,7 @@ def tied_views(weight: Tensor) -> tuple[Tensor, Tensor]:
     Ask `embedding` for sparse_grad=True on the first. Any order, either one alone, several backward passes and several
     pairs at a time are right; either may be used any number of times.
     """
+    check_floating("tied_views", "weight", weight)
     if _transforms.transformed() or _transforms.tracing():  # autograd adds the gradients, as it would without this
         return weight, weight
     lookup, head = _Tie.apply(weight, None)

@@ -27,13 +27,20 @@ def cross_entropy(
     counted = target != ignore_index
     labels = torch.where(counted, target, 0)
     class_weight = None if weight is None else weight.detach().to(log_p.dtype)
+    if classes == 0:  # no row counts, or its label would be out of range
+        return _reduced(
+            logits.to(log_p.dtype).sum(-1), torch.zeros_like(labels, dtype=log_p.dtype), reduction, normalizer
+        )
     row_weight = torch.ones_like(labels, dtype=log_p.dtype) if class_weight is None else class_weight[labels]
     row_weight = torch.where(counted, row_weight, 0.0)
     loss = -(1.0 - label_smoothing) * row_weight * log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     if label_smoothing != 0.0:
         weighted = log_p if class_weight is None else log_p * class_weight
         loss = loss - label_smoothing / classes * weighted.sum(-1)
-    loss = torch.where(counted, loss, 0.0)
+    return _reduced(torch.where(counted, loss, 0.0), row_weight, reduction, normalizer)
+
+
+def _reduced(loss: Tensor, row_weight: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
     if reduction == "none":
         return loss
     if normalizer is not None:
