@@ -1,14 +1,16 @@
 """Patching of live Transformers models: the only code that knows Transformers, imported when `patch` is called.
 
-engine     patch, unpatch, patched: which modules change their class, and back
-families/  one declarative spec per model family, and the replacement classes
-attention  the attention and mask functions registered with Transformers
-rows       which rows of the last hidden state a head reads
-lazy_rows  tensors whose rows are computed when somebody reads them (logits)
-report     what runs now
+Rooms, each importing only from those below it:
+
+engine     patch, unpatch, patched, report: which modules change their class, and back
+families   one declarative spec per model family, and its replacement classes
+layers     a layer's output as promised rows; torch's own modules
+promises   tensors whose rows are computed when somebody reads them
+padding    who attends to whom, read off the mask
+premises   whether a module does what its class was shipped to do
 """
 
-from fasttune.patching.engine import UnsupportedModelError, patch, patched, unpatch
-from fasttune.patching.report import PatchReport, Row, report
+from fasttune.patching.engine.patch import UnsupportedModelError, patch, patched, unpatch
+from fasttune.patching.engine.report import PatchReport, Row, report
 
 __all__ = ["PatchReport", "Row", "UnsupportedModelError", "patch", "patched", "report", "unpatch"]

@@ -32,7 +32,8 @@ def test_import_without_transformers():
 def test_import_leaves_transformers_alone():
     done = run("import sys, fasttune; assert 'transformers' not in sys.modules; print(fasttune.__all__)")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(["UnsupportedModelError", "__version__", "patch", "patched", "report", "unpatch"])
+    names = ["UnsupportedModelError", "Verification", "__version__", "patch", "patched", "report", "unpatch", "verify"]
+    assert done.stdout.strip() == str(names)
 
 
 def test_a_pickled_patched_model_loads_in_a_fresh_process(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import filecmp
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,20 +117,20 @@ def test_saved_files_are_stocks(head, tmp_path):
 def test_two_models_from_one_config_do_not_affect_each_other():
     first = build("GPT2LMHeadModel")
     second = type(first)(first.config)
+    inputs = batch_of(second, padding="right")
+    before, state = loss_of(second, inputs), dict(vars(first.config))
     fasttune.patch(first)
-    assert second.config._attn_implementation == "sdpa"
-    first.config.use_cache = False
-    first.config.pad_token_id = 9
-    assert second.config.use_cache
+    assert first.config is second.config  # as in stock; nothing is written to it
+    loss_of(first, inputs).backward()
+    assert dict(vars(first.config)) == state
+    assert torch.equal(loss_of(second, inputs), before)
     fasttune.unpatch(first)
-    assert first.config is second.config  # what they shared they share again, with what was changed meanwhile
-    assert not second.config.use_cache
-    assert second.config.pad_token_id == 9
+    assert dict(vars(first.config)) == state
 
 
 @pytest.mark.parametrize("copying", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("head", SOME)
-def test_copies_stay_patched_and_can_be_unpatched(head, copying):
+def test_copies_stay_patched_and_pickles_are_stocks(head, copying):
     model = fasttune.patch(build(head))
     inputs = batch_of(model, padding="right")
     loss, grads = gradients(model, inputs)
@@ -141,9 +142,15 @@ def test_copies_stay_patched_and_can_be_unpatched(head, copying):
         torch.save(model, buffer := io.BytesIO())
         twin = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     twin_loss, twin_grads = gradients(twin, inputs)
-    assert torch.equal(twin_loss, loss)
-    assert all(torch.equal(twin_grads[name], grads[name]) for name in grads)
-    assert str(fasttune.report(twin)) == str(fasttune.report(model))
+    if copying == "deepcopy":
+        assert torch.equal(twin_loss, loss)
+        assert all(torch.equal(twin_grads[name], grads[name]) for name in grads)
+        ours, theirs = ([replace(row, calls=0) for row in fasttune.report(m).rows] for m in (twin, model))
+        assert ours == theirs
+        assert {type(m) for m in twin.modules()} == {type(m) for m in model.modules()}
+    else:  # a pickle holds the stock model, and loads where there is no fasttune
+        torch.testing.assert_close(twin_loss, loss, rtol=1e-5, atol=1e-6)
+        assert not [m for m in twin.modules() if type(m).__module__.startswith("fasttune")]
     fasttune.unpatch(twin)
     assert fasttune.report(twin).rows == ()
     assert twin.config._attn_implementation == "sdpa"
@@ -309,9 +316,12 @@ def test_gradient_checkpointing_regenerates_the_dropout(head, reentrant):
     again, grads_again = run()
     handle.remove()
     assert len(calls) == 2  # forward, and once more in backward
-    assert torch.equal(again, loss)
+    # The first pass of a reentrant checkpoint takes no promise: the same masks and numbers, in products of other sizes.
+    torch.testing.assert_close(again, loss, rtol=1e-6 if reentrant else 0, atol=0)
     for name in grads:
-        torch.testing.assert_close(grads_again[name], grads[name], rtol=0, atol=0)
+        scale = grads[name].abs().max().item()
+        floor = 1e-6 * scale + 1e-8 if reentrant else 0
+        torch.testing.assert_close(grads_again[name], grads[name], rtol=0, atol=floor)
 
 
 @pytest.mark.parametrize("head", SOME)
@@ -386,7 +396,8 @@ def test_labels_on_padding_keep_it_in(head):
     torch.testing.assert_close(our_loss, loss)
     for name in grads:
         torch.testing.assert_close(our_grads[name], grads[name], rtol=1e-3, atol=1e-5)
-    assert "padding kept" in str(fasttune.report(ours))
+    packing = next(row for row in fasttune.report(ours).rows if row.modules == "(packing)")
+    assert packing.calls > 0  # it left all the same: what is read there is computed afterwards
 
 
 def test_four_dimensional_masks_and_packed_position_ids():
@@ -400,7 +411,7 @@ def test_four_dimensional_masks_and_packed_position_ids():
         torch.testing.assert_close(our_loss, loss)
         for name in grads:
             torch.testing.assert_close(our_grads[name], grads[name], rtol=1e-3, atol=1e-5)
-    assert "4-D mask" in str(fasttune.report(ours))
+    assert "a mask of another kind" in " ".join(row.note for row in fasttune.report(ours).rows)
 
 
 def test_input_embeddings_may_be_given():
@@ -439,7 +450,7 @@ def test_modules_that_are_not_exactly_stock_are_left_alone():
     fasttune.patch(ours)
     inputs = batch_of(stock)
     torch.testing.assert_close(loss_of(ours, inputs), loss_of(stock, inputs))
-    text = str(fasttune.report(ours)).replace("\n", " ")
+    text = " ".join(row.note for row in fasttune.report(ours).rows)
     assert "forward was replaced" in text
     assert "Special" in text
 

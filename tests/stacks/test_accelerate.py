@@ -8,7 +8,7 @@ from models import build, loss_of
 from runs import Run, assert_same_run, batches, exact_run, sgd
 
 import fasttune
-from fasttune.patching.lazy_rows import LazyRows
+from fasttune.patching.promises.loss import LinearRows
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -49,11 +49,12 @@ def test_accelerate(head, parts, precision, monkeypatch):
     model, data = build(head), batches(head, parts)
     exact = exact_run(model, data)
     stock, _, _ = accelerated(copy.deepcopy(model), data, precision)
-    read = []
-    materialize = LazyRows.materialize
-    monkeypatch.setattr(LazyRows, "materialize", lambda rows: read.append(rows) or materialize(rows))
+    computed = []
+    compute = LinearRows.compute
+    monkeypatch.setattr(LinearRows, "compute", lambda rows, ids: computed.append(rows) or compute(rows, ids))
     ours, accelerator, prepared = accelerated(fasttune.patch(model), data, precision)
-    assert not [rows for rows in read if rows.shape[-1] == model.config.vocab_size]  # outputs cast, logits still unread
+    # Outputs are cast, logits still unread.
+    assert not [rows for rows in computed if rows.features == model.config.vocab_size]
     assert_same_run(ours, stock, exact, torch.bfloat16 if precision == "bf16" else torch.float32)
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert unwrapped is model

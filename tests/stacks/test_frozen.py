@@ -229,14 +229,16 @@ def test_a_frozen_vocabulary_costs_no_gradient(head, freeze):
 @pytest.mark.parametrize("head", HEADS)
 def test_the_graph_ends_at_the_lowest_trainable_layer(head, freeze):
     """Its leaves are the trainable parameters and nothing else, and it keeps no more than stock's, one number for each
-    row and head of attention aside."""
+    row and head of attention aside, and the offsets of the sequences in each layer."""
     model = frozen(head, freeze)
     if not trains_something(model):
         pytest.skip("nothing is left to train")
     inputs = batch_of(model)
     stock_bytes, _ = _kept(copy.deepcopy(model), inputs)
     ours_bytes, loss = _kept(fasttune.patch(model), inputs)
-    assert ours_bytes <= stock_bytes + 2 * 4 * inputs["input_ids"].numel() * torch.float32.itemsize
+    batch, length = inputs["input_ids"].shape
+    attended, offsets = 4 * batch * length * torch.float32.itemsize, (batch + 1) * torch.int32.itemsize
+    assert ours_bytes <= stock_bytes + 2 * (attended + offsets)
     leaves, seen, todo = set(), set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -274,7 +276,8 @@ def test_features_of_a_frozen_encoder(head):
     def loss_of_features(encoder, inputs):
         with torch.no_grad():
             features = encoder(**inputs).last_hidden_state[:, 0]
-        assert type(features) is torch.Tensor
+        assert isinstance(features, torch.Tensor)
+        assert not features.requires_grad
         return classifier.to(features.dtype)(features).logsumexp(-1).sum()
 
     exact = loss_of_features(copy.deepcopy(model).double(), inputs).item()

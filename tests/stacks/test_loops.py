@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+import pickletools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from models import build, gradients, loss_of
+from oracle import max_error
 from runs import HEADS, assert_same_run, batches, exact_run, sgd, train
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -51,9 +53,10 @@ def test_autocast(head, dtype):
     assert_same_run(train(fasttune.patch(model), data, loss_of=under_autocast), stock, exact, dtype)
 
 
+@pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_whole_forward_inside_a_checkpoint(head, reentrant):
+def test_a_whole_forward_inside_a_checkpoint(head, reentrant, trim):
     """With dropout: what is computed again is computed with the same masks."""
 
     def checkpointed(model, inputs):
@@ -61,18 +64,24 @@ def test_a_whole_forward_inside_a_checkpoint(head, reentrant):
         switch = torch.ones((), requires_grad=True)
         return checkpoint(lambda one: loss_of(model, inputs) * one, switch, use_reentrant=reentrant)
 
-    model, data = fasttune.patch(build(head, dropout=0.1)), batches(head)
+    model, data = fasttune.patch(build(head, dropout=0.1), trim=trim), batches(head)
     twin = copy.deepcopy(model)
     torch.manual_seed(5)
     plain = train(model, data)
     torch.manual_seed(5)
     again = train(twin, data, loss_of=checkpointed)
-    # A reentrant checkpoint first runs without gradients, and so through the logits: the loss is rounded elsewhere.
-    rounding = 1e-6 if reentrant else 0.0
+    # A reentrant checkpoint first runs without gradients, and so through the logits: the loss is rounded elsewhere. In
+    # the other one every layer computes all of its rows, and rows in another number are rounded elsewhere.
+    elsewhere = not reentrant and (trim or head == "BertForSequenceClassification")
+    rounding = 1e-6 if reentrant or elsewhere else 0.0
     assert again.losses == pytest.approx(plain.losses, rel=rounding, abs=0)
     for one, other in zip(again.gradients, plain.gradients, strict=True):
         assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        if elsewhere:
+            largest = max(grad.abs().max().item() for grad in other.values())
+            assert max(max_error(one[name], other[name]) for name in one) <= 1e-6 * largest
+        else:
+            assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 class OwnLoss(torch.autograd.Function):
@@ -107,17 +116,24 @@ def _restarted(how, model, folder):
     if how == "deepcopy":
         return copy.deepcopy(model)
     if how == "pickle":
-        return pickle.loads(pickle.dumps(model))
+        return _patched_anew(pickle.loads(pickle.dumps(model)))
     if how == "torch.save":
         torch.save(model, buffer := io.BytesIO())
         buffer.seek(0)
-        return torch.load(buffer, weights_only=False)
+        return _patched_anew(torch.load(buffer, weights_only=False))
     if how == "state_dict":
         twin = fasttune.patch(build(type(model).__name__, dropout=0.1, seed=7))
         twin.load_state_dict(model.state_dict())
         return twin
     model.save_pretrained(folder)
     return fasttune.patch(type(model).from_pretrained(folder).train())
+
+
+def _patched_anew(model):
+    """A pickle holds the stock model."""
+    assert fasttune.report(model).rows == ()
+    assert not any("fasttune" in type(module).__module__ for module in model.modules())
+    return fasttune.patch(model)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict", "save_pretrained"])
@@ -131,6 +147,14 @@ def test_training_goes_on_in_a_copy(head, how, tmp_path):
     rest = train(model, data[2:])
     torch.manual_seed(4)
     assert train(twin, data[2:]).losses == rest.losses
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_pickle_loads_where_there_is_no_fasttune(head):
+    model = fasttune.patch(build(head))
+    gradients(model, batches(head)[0][0])
+    words = {argument for _, argument, _ in pickletools.genops(pickle.dumps(model)) if isinstance(argument, str)}
+    assert not [word for word in words if word.split(".")[0] == "fasttune"]
 
 
 def test_patched_and_stock_models_in_one_process():

@@ -153,16 +153,16 @@ def train(case: Case, *, patched: bool) -> dict[str, Any]:
     from runs import Run, batches, sgd
 
     import fasttune
-    from fasttune.patching.lazy_rows import LazyRows, LinearRows
+    from fasttune.patching.promises.loss import LinearRows
 
     logits = 0
 
-    def materialize(rows: LazyRows) -> torch.Tensor:
+    def compute(rows: LinearRows, ids: torch.Tensor | None) -> torch.Tensor:
         nonlocal logits
-        logits += isinstance(rows.source, LinearRows) and rows.source.features == model.config.vocab_size
-        return stock_materialize(rows)
+        logits += rows.features == model.config.vocab_size
+        return compute_rows(rows, ids)
 
-    stock_materialize = LazyRows.materialize
+    compute_rows = LinearRows.compute
     rank = distributed.get_rank()
     model = build(case.head)
     case.prepare(model)
@@ -176,8 +176,8 @@ def train(case: Case, *, patched: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         loss_sum = torch.zeros((), dtype=torch.float64)
         for i, inputs in enumerate(parts[rank :: distributed.get_world_size()]):
-            materializing = mock.patch.object(LazyRows, "materialize", materialize)
-            with exchanging(wrapped, i == case.micro - 1), materializing:
+            computing = mock.patch.object(LinearRows, "compute", compute)
+            with exchanging(wrapped, i == case.micro - 1), computing:
                 loss = case.loss_of(wrapped, inputs) / case.micro
                 loss.backward()
             loss_sum += loss.detach().double()

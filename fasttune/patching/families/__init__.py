@@ -6,7 +6,7 @@ import importlib
 
 from torch import nn
 
-from fasttune.patching.spec import Family
+from fasttune.patching.families.spec import Family
 
 # module of Transformers -> module here
 FAMILIES = {

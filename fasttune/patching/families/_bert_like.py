@@ -1,13 +1,12 @@
-"""What BERT and its relatives share: post-norm layers whose fusions all fit on leaf modules.
+"""What BERT and its relatives share: post-norm layers.
 
-A relative names its classes (they must live in its own file, under their stock names, for pickle to find them), says
+A relative names its classes (they must live in its own file, under their stock names, for copies to find them), says
 how its embeddings count positions and where its language-model head is; `bert_like` makes the family of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -16,72 +15,110 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttune import ops
-from fasttune.ops.packing import PackedBatch
-from fasttune.patching.attention import NAMES
-from fasttune.patching.families._activations import gelu_kind, why_no_gelu
-from fasttune.patching.last_layer import Chosen, on_demand, other_dropout
-from fasttune.patching.layers import (
-    DROPOUTS,
-    LAYER_NORMS,
-    Embedding,
-    Patched,
-    common_leaves,
-    dropout_probability,
-    mapped,
-    may_defer,
-    why_no_embedding,
-    why_no_layer_norm,
+from fasttune.patching.families.spec import Family, Replacement
+from fasttune.patching.layers.attention import (
+    across,
+    attend,
+    fills,
+    fresh_cache,
+    into_cache,
+    into_cross_cache,
+    layout_for_attention,
 )
-from fasttune.patching.lazy_rows import LazyRows, TensorRows
-from fasttune.patching.plain import why_not_plain
-from fasttune.patching.plan import plan_of
-from fasttune.patching.spec import Family, Replacement, RowReader
-from fasttune.patching.stack import current_row_ids, entering, leaving, rows_numbered, why_hooked
-from fasttune.patching.tied import lookup_view
+from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
+from fasttune.patching.layers.frozen import Norm, Unknown, activation, known, linear, probability
+from fasttune.patching.layers.leaves import Embedding, common_leaves, why_no_embedding, why_no_layer_norm
+from fasttune.patching.layers.patched import Patched
+from fasttune.patching.layers.tied import lookup_view
+from fasttune.patching.padding.layout import Layout
+from fasttune.patching.premises.known import HARMLESS, stock_class, why_replaced, why_unknown, why_watched
+from fasttune.patching.promises.tensor import PromisedRows
 
-EMBEDDINGS = (nn.Embedding, Embedding)
 
+class PostNorm:
+    """As it was when called: a = norm(dropout(out(attention(x))) + x), norm(dropout(down(act(up(a)))) + a)."""
 
-class DenseDropoutAddNorm(Patched):
-    """LayerNorm(dropout(dense(x)) + residual): what ends attention and what ends the MLP."""
-
-    def _why_not_plain(self) -> str | None:
-        return why_not_plain(self.dropout, *DROPOUTS) or why_not_plain(self.LayerNorm, *LAYER_NORMS)
-
-    def plain(self) -> bool:
-        return self._why_not_plain() is None and self._fasttune.fused(self.LayerNorm.weight)
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        patch, norm = self._fasttune, self.LayerNorm
-        why = self._why_not_plain()
-        if why is not None or not patch.fused(hidden_states):
+    def __init__(self, layer: Any) -> None:
+        attention, attend = layer.attention, layer.attention.self
+        names = type(layer).__name__.removesuffix("Layer")
+        for module, suffix in (
+            (attention, "Attention"),
+            (attend, "SelfAttention"),
+            (attention.output, "SelfOutput"),
+            (layer.intermediate, "Intermediate"),
+            (layer.output, "Output"),
+        ):
+            cls = stock_class(type(module))
+            if cls.__name__ != f"{names}{suffix}" or not cls.__module__.startswith("transformers.models."):
+                raise Unknown(f"{cls.__name__} is not stock's")
+            why = why_watched(module, HARMLESS if module is attend else ()) or why_replaced(cls)
             if why is not None:
-                patch.aside(why)
-            return super().forward(hidden_states, input_tensor)
-        return ops.dropout_add_layer_norm(
-            self.dense(hidden_states),
-            input_tensor,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            dropout_p=dropout_probability(self.dropout),
-            row_ids=current_row_ids(),
-            backend=patch.backend,
+                raise Unknown(why)
+        if layer.chunk_size_feed_forward:
+            raise Unknown("chunk_size_feed_forward")
+        if why_replaced(stock_class(type(layer))) or "feed_forward_chunk" in layer.__dict__:
+            raise Unknown(f"the forward of {type(layer).__name__} was replaced")
+        patch = layer._fasttune
+        self.backend = patch.backend
+        self.head_dim, self.scale = attend.attention_head_size, float(attend.scaling)
+        self.query, self.key, self.value = (linear(part) for part in (attend.query, attend.key, attend.value))
+        self.out, self.norm1 = linear(attention.output.dense), Norm(attention.output.LayerNorm)
+        self.up, self.down = linear(layer.intermediate.dense), linear(layer.output.dense)
+        self.norm2 = Norm(layer.output.LayerNorm)
+        self.act, self.gelu = activation(layer.intermediate.intermediate_act_fn)
+        self.fused_mlp = bool(self.gelu) and patch.settings.options.mlp and type(self.up).__name__ == "Linear"
+        known(attend.dropout, nn.Dropout)
+        of_attention = float(attend.dropout.p) if attend.training else 0.0  # as stock: the module itself is not called
+        self.dropouts = (of_attention, probability(attention.output.dropout), probability(layer.output.dropout))
+        parts = (self.query, self.key, self.value, self.out, self.norm1, self.up, self.down, self.norm2)
+        self.weights = tuple(weight for part in parts for weight in part.weights)
+
+    def whole(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
+        row_ids = layout.packed.indices
+        key, value = self.keys_and_values(hidden, row_ids)
+        query = self.queries(hidden, row_ids)
+        packed = layout.packed
+        out = ops.attention(
+            query,
+            key,
+            value,
+            causal=layout.causal,
+            scale=self.scale,
+            dropout_p=self.dropouts[0],
+            cu_seqlens=packed.cu_seqlens,
+            max_seqlen=packed.max_seqlen,
+            backend=self.backend,
         )
+        return self.finish(out.flatten(1), hidden, row_ids), (key, value)
+
+    def kept(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return tensors[0], tensors[1]
+
+    def keys_and_values(self, hidden: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+        heads = (-1, self.head_dim)
+        return self.key(hidden, row_ids).unflatten(-1, heads), self.value(hidden, row_ids).unflatten(-1, heads)
+
+    def queries(self, rows: Tensor, row_ids: Tensor) -> Tensor:
+        return self.query(rows, row_ids).unflatten(-1, (-1, self.head_dim))
+
+    def finish(self, attended: Tensor, rows: Tensor, row_ids: Tensor | None) -> Tensor:
+        after = self._norm(self.norm1, self.out(attended, row_ids), rows, self.dropouts[1], row_ids)
+        if self.fused_mlp:
+            product = self.up.product(after)  # type: ignore[union-attr]
+            middle = ops.bias_gelu(product, self.up.bias, approximate=self.gelu, backend=self.backend)  # type: ignore[union-attr, arg-type]
+        else:
+            middle = self.act(self.up(after, row_ids))
+        return self._norm(self.norm2, self.down(middle, row_ids), after, self.dropouts[2], row_ids)
+
+    def _norm(self, norm: Norm, x: Tensor, residual: Tensor, p: float, row_ids: Tensor | None) -> Tensor:
+        if not norm.fused:
+            return norm(ops.dropout(x, dropout_p=p, row_ids=row_ids, backend=self.backend) + residual, self.backend)
+        options: dict[str, Any] = {"eps": norm.eps, "dropout_p": p, "row_ids": row_ids, "backend": self.backend}
+        return ops.dropout_add_layer_norm(x, residual, norm.weight, norm.bias, **options)
 
 
-@dataclass
-class LayerRows:
-    """What the last layer has computed before anybody asks for rows: key and value (T, H, D)."""
-
-    causal: bool
-    key: Tensor
-    value: Tensor
-
-
-class PackedLayer(Patched):
-    """A layer that takes padding out if it is the first, brings it back if it is the last, and as the last one computes
-    only the rows that somebody reads."""
+class PromisedLayer(Patched):
+    """A layer that hands out a promise of its output where it is known through and through."""
 
     def forward(
         self,
@@ -92,85 +129,114 @@ class PackedLayer(Patched):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        plan = plan_of(attention_mask)
-        shape = (hidden_states.shape[0], hidden_states.shape[1]) if plan is None else plan.packed.shape
-        if plan is not None and plan.across:
-            hidden_states = entering(self, hidden_states, plan)
-        if (attention_mask is None or plan is not None) and encoder_hidden_states is None and past_key_values is None:
-            rows = on_demand(self, hidden_states, plan, shape, None)
-            if rows is not None:
-                return rows
+        others = {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values, **kwargs}
+        attention = self.attention.self if hasattr(self.attention, "self") else None
+        if attention is not None and hasattr(attention, "attention_head_size"):
+            promised = promise(
+                self,
+                lambda: PostNorm(self),
+                hidden_states,
+                attention_mask,
+                attention=attention,
+                heads=attention.num_attention_heads,
+                head_dim=attention.attention_head_size,
+                arguments=others,
+            )
+            if promised is not None:
+                return promised
+            attention_mask = mask_for_stock(hidden_states, attention_mask, attention, kwargs)
         args = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
-        out: Tensor
-        if plan is None or not plan.across:
-            out = super().forward(*args, **kwargs)
-            return out
-        with rows_numbered(plan.packed.indices):
-            out = super().forward(*args, **kwargs)
-        return leaving(self, out, plan)
-
-    @property
-    def causal(self) -> bool:
-        return bool(self.attention.self.is_causal)
-
-    def why_not_packed(self, inputs: Mapping[str, Any]) -> str | None:
-        """Why hidden states (1, T, E) would not do for this layer."""
-        if self.chunk_size_feed_forward:
-            return "chunk_size_feed_forward"
-        config = self.attention.self.config
-        given = inputs.get("use_cache")
-        if config.is_decoder and (config.use_cache if given is None else given):
-            return "a cache is filled (use_cache)"
-        return None
-
-    def why_not_trimmed(self) -> str | None:
-        """Why this layer's rows cannot be computed apart from each other."""
-        attention = self.attention
-        for module, suffix in ((attention, "Attention"), (attention.self, "SelfAttention")):
-            cls = type(module)
-            if not cls.__name__.endswith(suffix) or not cls.__module__.startswith("transformers.models."):
-                return f"{cls.__name__} is not stock's"
-        if attention.self.config._attn_implementation not in NAMES.values():
-            return "attention is stock's"
-        if self.chunk_size_feed_forward:
-            return "chunk_size_feed_forward"
-        fused = [m.dropout for m in (attention.output, self.output) if isinstance(m, DenseDropoutAddNorm) and m.plain()]
-        return other_dropout(self, (attention.self.dropout, *fused))
-
-    def prepare(self, hidden: Tensor, packed: PackedBatch, causal: bool, cache: Any) -> LayerRows:
-        """What all rows contribute, hidden (T, E): keys and values."""
-        attend = self.attention.self
-        heads = (-1, attend.attention_head_size)
-        return LayerRows(causal, attend.key(hidden).unflatten(-1, heads), attend.value(hidden).unflatten(-1, heads))
-
-    def rows_of(self, chosen: Chosen, rows: Tensor, prepared: LayerRows) -> Tensor:
-        """The layer's output (R, E) for the chosen rows, `rows` (R, E) of its input."""
-        attend = self.attention.self
-        attended = chosen.attend(
-            attend.query(rows).unflatten(-1, (-1, attend.attention_head_size)),
-            prepared.key,
-            prepared.value,
-            causal=prepared.causal,
-            scale=attend.scaling,
-            dropout_p=dropout_probability(attend.dropout),
-            backend=self._fasttune.backend,
-        )
-        out: Tensor = self.feed_forward_chunk(self.attention.output(attended, rows))
+        out: Tensor = super().forward(*ordinary(*args), **kwargs)
         return out
+
+
+class SelfAttention(Patched):
+    """Self-attention without a T×T tensor, in layers that run as they stand."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        layout = None
+        fresh = fresh_cache(past_key_values, self.layer_idx)
+        if fresh and hidden_states.dim() == 3 and 0 not in hidden_states.shape:
+            layout = layout_for_attention(self, hidden_states, attention_mask, self.attention_head_size, kwargs)
+        if layout is None:
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        query, key, value = (f(hidden_states).view(shape) for f in (self.query, self.key, self.value))
+        into_cache(past_key_values, key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+        p = self.dropout.p if self.training else 0.0
+        out = attend(query, key, value, layout, scale=self.scaling, dropout_p=p, backend=self._fasttune.backend)
+        return out.flatten(2), None
+
+
+class CrossAttention(Patched):
+    """Cross-attention without a T×T tensor, over the encoder states that are not padding."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if fills(past_key_values, self.layer_idx) and encoder_hidden_states is not None and hidden_states.dim() == 3:
+            heads = (-1, self.attention_head_size)
+            key, value = (f(encoder_hidden_states).unflatten(-1, heads) for f in (self.key, self.value))
+            out = across(
+                self,
+                self.query(hidden_states).unflatten(-1, heads),
+                key,
+                value,
+                attention_mask,
+                scale=self.scaling,
+                dropout_p=self.dropout.p if self.training else 0.0,
+                arguments=kwargs,
+            )
+            if out is not None:
+                into_cross_cache(past_key_values, key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+                return out.flatten(2), None
+        return super().forward(hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs)
+
+
+class DenseDropoutAddNorm(Patched):
+    """LayerNorm(dropout(dense(x)) + residual): what ends attention and what ends the MLP."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        patch, norm = self._fasttune, self.LayerNorm
+        why = why_unknown(self.dropout, nn.Dropout) or why_unknown(norm, nn.LayerNorm)
+        why = why or why_replaced(stock_class(type(self)))
+        if why is not None or not patch.fused(hidden_states):
+            if why is not None:
+                patch.aside(why)
+            return super().forward(hidden_states, input_tensor)
+        patch.note()
+        return ops.dropout_add_layer_norm(
+            self.dense(hidden_states),
+            input_tensor,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            dropout_p=self.dropout.p if self.dropout.training else 0.0,
+            backend=patch.backend,
+        )
 
 
 class DenseGelu(Patched):
     """GELU(dense(x)), the bias added in the activation's pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        patch, dense, kind = self._fasttune, self.dense, gelu_kind(self.intermediate_act_fn)
-        why = why_not_plain(dense, nn.Linear) or ("hooks on the activation" if not kind else None)
+        patch, dense = self._fasttune, self.dense
+        kind, why = gelu_of(self.intermediate_act_fn)
+        why = why or why_unknown(dense, nn.Linear) or why_replaced(stock_class(type(self)))
         if why is not None or dense.bias is None or not patch.fused(hidden_states):
             if why is not None:
                 patch.aside(why)
             return super().forward(hidden_states)
+        patch.note()
         product = F.linear(hidden_states, dense.weight)
-        return ops.bias_gelu(product, dense.bias, approximate=kind, backend=patch.backend)
+        return ops.bias_gelu(product, dense.bias, approximate=kind, backend=patch.backend)  # type: ignore[arg-type]
 
 
 class DenseGeluNorm(Patched):
@@ -179,39 +245,84 @@ class DenseGeluNorm(Patched):
     activation_name = "transform_act_fn"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return few_rows(self, hidden_states, type(self).transformed, self.LayerNorm)
+        function = self.activation_of()
+        transformed = transform(self, hidden_states, self.dense, function, self.LayerNorm)
+        return super().forward(hidden_states) if transformed is None else transformed
 
-    def transformed(self, hidden_states: Tensor) -> Tensor:
-        patch, norm = self._fasttune, self.LayerNorm
-        kind = gelu_kind(getattr(self, self.activation_name))
-        why = why_not_plain(norm, *LAYER_NORMS) or ("hooks on the activation" if not kind else None)
-        if why is not None or not patch.fused(hidden_states):
-            if why is not None:
-                patch.aside(why)
-            return super().forward(hidden_states)
-        return gelu_then_norm(self.dense(hidden_states), norm, kind, patch.backend)
+    def activation_of(self) -> Any:
+        return getattr(self, self.activation_name)
 
 
-def few_rows(
-    module: Patched, hidden_states: Tensor, function: Callable[[Any, Tensor], Tensor], norm: nn.LayerNorm
-) -> Tensor:
-    """function(module, hidden_states), ended by norm; in training as rows on demand: a loss reads the labelled ones.
-    With trim=False of all rows at once, unless they are on demand already."""
-    if torch.compiler.is_compiling():
-        return function(module, hidden_states)
-    watched = why_hooked(module) is not None  # somebody looks inside: stock shows all rows there
-    if isinstance(hidden_states, LazyRows) and not hidden_states.computed() and not watched:
-        return mapped(hidden_states, module, function, norm.weight.shape[0])
-    if isinstance(hidden_states, LazyRows):
-        hidden_states = hidden_states.materialize()
-    if watched or not module._fasttune.selects_rows or not may_defer(module) or type(norm.weight) is not nn.Parameter:
-        return function(module, hidden_states)
-    rows = LazyRows.of(TensorRows(hidden_states), hidden_states.shape[:-1])
-    return mapped(rows, module, function, norm.weight.shape[0])
+def transform(module: Any, hidden: Tensor, dense: Any, act: Any, norm: Any) -> Tensor | None:
+    """LayerNorm(GELU(dense(hidden))), as promised rows of promised rows; None where the module has to run as it is."""
+    patch = module._fasttune
+    kind, why = gelu_of(act)
+    why = why or why_unknown(norm, nn.LayerNorm) or why_replaced(stock_class(type(module)))
+    if why is None and not patch.fused(hidden):
+        return None
+    if why is not None:
+        patch.aside(why)
+        return None
+    patch.note()
+    backend = patch.backend
+    options: dict[str, Any] = {"eps": norm.eps, "approximate": kind, "backend": backend}
+    weight, bias = norm.weight, norm.bias
+    waits = isinstance(hidden, PromisedRows) and hidden.untouched() and bool(patch.settings.options.trim)
+    if not waits and _may_wait(module, hidden):
+        hidden, waits = _of_tensor(hidden), True
+    if waits:
+        try:
+            inner = linear(dense)
+        except Unknown as unknown:
+            patch.aside(str(unknown))
+        else:
+            function = lambda rows, ids: ops.gelu_layer_norm(inner(rows, ids), weight, bias, **options)  # noqa: E731
+            promised: PromisedRows = hidden.mapped(  # type: ignore[attr-defined]
+                function, (*inner.weights, weight, bias), weight.shape[0]
+            )
+            return promised
+    return ops.gelu_layer_norm(dense(hidden), weight, bias, **options)
 
 
-def gelu_then_norm(x: Tensor, norm: nn.LayerNorm, kind: str, backend: str | None) -> Tensor:
-    return ops.gelu_layer_norm(x, norm.weight, norm.bias, eps=norm.eps, approximate=kind, backend=backend)
+def _may_wait(module: Any, hidden: Tensor) -> bool:
+    """Whether a head in training may compute its transform for the rows that a loss reads."""
+    return (
+        module.training
+        and module._fasttune.settings.options.loss
+        and bool(module._fasttune.settings.options.trim)
+        and torch.is_grad_enabled()
+        and hidden.requires_grad
+        and hidden.dim() == 3
+        and not torch.compiler.is_compiling()
+        and not isinstance(hidden, PromisedRows)
+        and 0 not in hidden.shape
+        and module._fasttune.fused(hidden)
+    )
+
+
+def _of_tensor(hidden: Tensor) -> PromisedRows:
+    from fasttune.patching.layers.entry import source_of
+
+    return PromisedRows.of(source_of(hidden), hidden.shape[:-1])
+
+
+def gelu_of(function: Any) -> tuple[str, str | None]:
+    """("none" or "tanh", None), or why an activation cannot be fused."""
+    try:
+        _, kind = activation(function)
+    except Unknown as unknown:
+        return "", str(unknown)
+    return kind, None if kind else f"its activation is {function!r}, not GELU"
+
+
+def why_no_gelu(name: str) -> Callable[[Any], str | None]:
+    """A check for `Replacement.unsuited`: the activation held by attribute `name`."""
+
+    def check(module: Any) -> str | None:
+        _, why = gelu_of(getattr(module, name))
+        return why if why is None or "hooks" not in why else None  # hooks may go again; they are seen at each call
+
+    return check
 
 
 class SumNormDropout(Patched):
@@ -236,27 +347,25 @@ class SumNormDropout(Patched):
             self.position_embeddings,
             self.token_type_embeddings,
         )
-        why = (
-            ("inputs_embeds" if input_ids is None else None)
-            or why_not_plain(word, *EMBEDDINGS)
-            or why_not_plain(position, *EMBEDDINGS)
-            or why_not_plain(token_type, *EMBEDDINGS)
-            or why_not_plain(norm, *LAYER_NORMS)
-            or why_not_plain(self.dropout, *DROPOUTS)
-        )
+        why = "inputs_embeds" if input_ids is None else None
+        for table in (word, position, token_type):
+            why = why or why_unknown(table, nn.Embedding) or why_no_embedding(table)
+        why = why or why_unknown(norm, nn.LayerNorm) or why_no_layer_norm(norm) or why_unknown(self.dropout, nn.Dropout)
+        why = why or why_replaced(stock_class(type(self)))
         if why is not None or not patch.fused(word.weight):
             if why is not None:
                 patch.aside(why)
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
         assert input_ids is not None
+        patch.note()
         if position_ids is None:
             position_ids = self.positions(input_ids, past_key_values_length)
         if token_type_ids is None:
             token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids)
-        tied = lookup_view(word)
-        return ops.embedding(
+        tied = lookup_view(word) if isinstance(word, Patched) else None
+        out = ops.embedding(
             input_ids,
-            word.weight if tied is None else tied,
+            word.weight if tied is None else tied[1],
             position_ids=position_ids.expand(input_ids.shape),
             position_weight=without_gradient_of_row(position.weight, position.padding_idx),
             token_type_ids=token_type_ids.expand(input_ids.shape),
@@ -264,11 +373,14 @@ class SumNormDropout(Patched):
             norm_weight=norm.weight,
             norm_bias=norm.bias,
             eps=norm.eps,
-            dropout_p=dropout_probability(self.dropout),
+            dropout_p=self.dropout.p if self.dropout.training else 0.0,
             padding_idx=word.padding_idx,
             sparse_grad=tied is not None,
             backend=patch.backend,
         )
+        if tied is not None:
+            out._fasttune_tied = (tied[0], tied[2])  # type: ignore[attr-defined]
+        return out
 
 
 class _WithoutGradientOfRow(torch.autograd.Function):
@@ -298,7 +410,8 @@ def bert_like(
     classes: Mapping[str, type[nn.Module]],
     *,
     prefix: str,
-    heads: Mapping[str, RowReader],
+    pooled: tuple[str, ...],
+    of_every_token: tuple[str, ...],
     vocabulary: str,
     transform: str,
     transform_covers: tuple[str, ...] = ("LayerNorm", "transform_act_fn"),
@@ -307,30 +420,54 @@ def bert_like(
     """The family of a BERT-like model.
 
     stock: its module in Transformers. classes: the replacements by stock name, `<prefix>SelfOutput` and so on.
-    heads: model class name -> which rows it reads. vocabulary: the attribute name of the projection to the vocabulary.
-    transform: the class before it.
+    pooled, of_every_token: its heads. vocabulary: the attribute name of the projection to the vocabulary. transform:
+    the class before it.
     """
 
     def replace(stock_name: str, group: str, operation: str, does: str, **more: Any) -> Replacement:
         return Replacement(getattr(stock, stock_name), classes[stock_name], group, operation, does, **more)
 
-    norm_of_dense = {"covers": ("LayerNorm", "dropout")}
+    heads = {head: getattr(stock, head) for head in (*pooled, *of_every_token)}
     return Family(
         name=name,
-        heads={getattr(stock, head): reader for head, reader in heads.items()},
+        heads=tuple(heads.values()),
+        of_every_token=tuple(heads[head] for head in of_every_token),
         replacements=(
             replace(
                 f"{prefix}Embeddings",
                 "embeddings",
                 "embedding",
                 "lookups + sum + LayerNorm + dropout",
-                covers=("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
+                covers=("position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
                 unsuited=lambda module: (
                     why_no_layer_norm(module.LayerNorm)
                     or why_no_embedding(module.word_embeddings)
                     or why_no_embedding(module.position_embeddings)
                     or why_no_embedding(module.token_type_embeddings)
                 ),
+            ),
+            Replacement(
+                nn.Embedding,
+                Embedding,
+                "embeddings",
+                "embedding",
+                "lookup with a deterministic gradient",
+                only=("word_embeddings",),
+                unsuited=why_no_embedding,
+            ),
+            replace(
+                f"{prefix}SelfAttention",
+                "attention",
+                "attention",
+                "attention without a T×T tensor",
+                covers=("dropout",),
+            ),
+            replace(
+                f"{prefix}CrossAttention",
+                "attention",
+                "attention_chosen_queries",
+                "cross-attention without a T×T tensor",
+                covers=("dropout",),
             ),
             *(
                 replace(
@@ -339,7 +476,7 @@ def bert_like(
                     "dropout_add_layer_norm",
                     "dropout + residual + LayerNorm",
                     unsuited=lambda module: why_no_layer_norm(module.LayerNorm),
-                    **norm_of_dense,
+                    covers=("LayerNorm", "dropout"),
                 )
                 for part in ("SelfOutput", "Output")
             ),
@@ -358,7 +495,6 @@ def bert_like(
                 "GELU + LayerNorm",
                 covers=transform_covers,
                 unsuited=transform_unsuited,
-                lazy=True,
             ),
             replace(
                 f"{prefix}Layer",
@@ -369,6 +505,5 @@ def bert_like(
             ),
             *common_leaves(vocabulary),
         ),
-        attentions=(getattr(stock, f"{prefix}SelfAttention"), getattr(stock, f"{prefix}CrossAttention")),
         layers=lambda model: model.base_model.encoder.layer,
     )

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from transformers import activations
 
 from fasttune.patching.families import _bert_like as shared
-from fasttune.patching.families._activations import gelu_kind
-from fasttune.patching.layers import LAYER_NORMS, Patched, why_no_layer_norm
-from fasttune.patching.plain import why_not_plain
-from fasttune.patching.rows import all_rows, first_row, for_the_caller, labelled, labelled_next, labelled_tokens
-from fasttune.patching.spec import Family
+from fasttune.patching.families.spec import Family
+from fasttune.patching.layers.leaves import why_no_layer_norm
+from fasttune.patching.layers.patched import Patched
 
 
 class SumNormDropout(shared.SumNormDropout):
@@ -27,16 +25,10 @@ class LMHead(Patched):
     """decoder(LayerNorm(GELU(dense(x)))); the GELU is a module-level activation of Transformers."""
 
     def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
-        why = why_not_plain(self.layer_norm, *LAYER_NORMS)
-        if why is not None or not gelu_kind(activations.gelu) or not self._fasttune.fused(self.dense.weight):
-            if why is not None:
-                self._fasttune.aside(why)
+        transformed = shared.transform(self, features, self.dense, activations.gelu, self.layer_norm)
+        if transformed is None:
             return super().forward(features, **kwargs)
-        return self.decoder(shared.few_rows(self, features, LMHead.transformed, self.layer_norm))
-
-    def transformed(self, features: Tensor) -> Tensor:
-        kind = gelu_kind(activations.gelu) or "none"
-        return shared.gelu_then_norm(self.dense(features), self.layer_norm, kind, self._fasttune.backend)
+        return self.decoder(transformed)
 
 
 def roberta_like(name: str, stock: ModuleType, classes: dict[str, type[nn.Module]], *, prefix: str) -> Family:
@@ -49,13 +41,8 @@ def roberta_like(name: str, stock: ModuleType, classes: dict[str, type[nn.Module
         transform=f"{prefix}LMHead",
         transform_covers=("layer_norm",),
         transform_unsuited=lambda module: why_no_layer_norm(module.layer_norm),
-        heads={
-            f"{prefix}Model": for_the_caller,
-            f"{prefix}ForMaskedLM": labelled,
-            f"{prefix}ForCausalLM": labelled_next,
-            f"{prefix}ForSequenceClassification": first_row,
-            f"{prefix}ForMultipleChoice": first_row,
-            f"{prefix}ForTokenClassification": labelled_tokens,
-            f"{prefix}ForQuestionAnswering": all_rows,
-        },
+        pooled=(f"{prefix}Model", f"{prefix}ForSequenceClassification", f"{prefix}ForMultipleChoice"),
+        of_every_token=tuple(
+            f"{prefix}For{head}" for head in ("MaskedLM", "CausalLM", "TokenClassification", "QuestionAnswering")
+        ),
     )

@@ -3,22 +3,18 @@
 from transformers.models.bert import modeling_bert as stock
 
 from fasttune.patching.families import _bert_like as shared
-from fasttune.patching.families._activations import why_no_gelu
-from fasttune.patching.rows import (
-    all_rows,
-    first_row,
-    for_the_caller,
-    labelled,
-    labelled_and_first,
-    labelled_next,
-    labelled_tokens,
-)
 
 
 class BertEmbeddings(shared.SumNormDropout, stock.BertEmbeddings): ...
 
 
-class BertLayer(shared.PackedLayer, stock.BertLayer): ...
+class BertLayer(shared.PromisedLayer, stock.BertLayer): ...
+
+
+class BertSelfAttention(shared.SelfAttention, stock.BertSelfAttention): ...
+
+
+class BertCrossAttention(shared.CrossAttention, stock.BertCrossAttention): ...
 
 
 class BertSelfOutput(shared.DenseDropoutAddNorm, stock.BertSelfOutput): ...
@@ -40,16 +36,13 @@ FAMILY = shared.bert_like(
     prefix="Bert",
     vocabulary="decoder",
     transform="BertPredictionHeadTransform",
-    transform_unsuited=why_no_gelu("transform_act_fn"),
-    heads={
-        "BertModel": for_the_caller,
-        "BertForMaskedLM": labelled,
-        "BertForPreTraining": labelled_and_first,
-        "BertLMHeadModel": labelled_next,
-        "BertForNextSentencePrediction": first_row,
-        "BertForSequenceClassification": first_row,
-        "BertForMultipleChoice": first_row,
-        "BertForTokenClassification": labelled_tokens,
-        "BertForQuestionAnswering": all_rows,
-    },
+    transform_unsuited=shared.why_no_gelu("transform_act_fn"),
+    pooled=("BertModel", "BertForNextSentencePrediction", "BertForSequenceClassification", "BertForMultipleChoice"),
+    of_every_token=(
+        "BertForMaskedLM",
+        "BertForPreTraining",
+        "BertLMHeadModel",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
+    ),
 )

@@ -3,23 +3,18 @@
 from transformers.models.electra import modeling_electra as stock
 
 from fasttune.patching.families import _bert_like as shared
-from fasttune.patching.families._activations import why_no_gelu
-from fasttune.patching.rows import (
-    all_rows,
-    first_row,
-    for_the_caller,
-    labelled,
-    labelled_next,
-    labelled_tokens,
-    real_if_labelled,
-    summary_row,
-)
 
 
 class ElectraEmbeddings(shared.SumNormDropout, stock.ElectraEmbeddings): ...
 
 
-class ElectraLayer(shared.PackedLayer, stock.ElectraLayer): ...
+class ElectraLayer(shared.PromisedLayer, stock.ElectraLayer): ...
+
+
+class ElectraSelfAttention(shared.SelfAttention, stock.ElectraSelfAttention): ...
+
+
+class ElectraCrossAttention(shared.CrossAttention, stock.ElectraCrossAttention): ...
 
 
 class ElectraSelfOutput(shared.DenseDropoutAddNorm, stock.ElectraSelfOutput): ...
@@ -43,15 +38,13 @@ FAMILY = shared.bert_like(
     vocabulary="generator_lm_head",
     transform="ElectraGeneratorPredictions",
     transform_covers=("LayerNorm", "activation"),
-    transform_unsuited=why_no_gelu("activation"),
-    heads={
-        "ElectraModel": for_the_caller,
-        "ElectraForMaskedLM": labelled,
-        "ElectraForPreTraining": real_if_labelled,
-        "ElectraForCausalLM": labelled_next,
-        "ElectraForSequenceClassification": first_row,
-        "ElectraForMultipleChoice": summary_row,
-        "ElectraForTokenClassification": labelled_tokens,
-        "ElectraForQuestionAnswering": all_rows,
-    },
+    transform_unsuited=shared.why_no_gelu("activation"),
+    pooled=("ElectraModel", "ElectraForSequenceClassification", "ElectraForMultipleChoice"),
+    of_every_token=(
+        "ElectraForMaskedLM",
+        "ElectraForPreTraining",
+        "ElectraForCausalLM",
+        "ElectraForTokenClassification",
+        "ElectraForQuestionAnswering",
+    ),
 )

@@ -1,15 +1,13 @@
-"""patch, unpatch, patched: exchange the classes of a live model's modules, and put them back.
+"""patch, unpatch, patched.
 
 One mechanism: a module of a known class gets `module.__class__ = Replacement`, a subclass with the same name that
-overrides methods only, and one attribute, `module._fasttune`. Parameters, buffers, hooks, names and gradient
+overrides methods only, and one attribute, `module._fasttune`. Parameters, buffers, hooks, names, configs and gradient
 checkpointing (which lives in the class) are untouched; `unpatch` restores the class and deletes the attribute.
-Attention goes through Transformers' own registry: its switch lives on the config, so the patched model gets a copy.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -17,21 +15,19 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fasttune.ops import _backends
-from fasttune.patching import rows
 from fasttune.patching.families import family_of, supported_models
-from fasttune.patching.layers import Patched
-from fasttune.patching.options import Options
-from fasttune.patching.plain import is_sharded
-from fasttune.patching.spec import Family, Replacement
-from fasttune.patching.state import (
+from fasttune.patching.families.spec import Family, Replacement
+from fasttune.patching.layers.patched import Patched
+from fasttune.patching.marks import (
     ATTRIBUTE,
-    ConfigSwap,
     ModelPatch,
     ModulePatch,
     Settings,
     environment_backend,
     patch_of,
 )
+from fasttune.patching.options import Options
+from fasttune.patching.premises.known import HARMLESS, is_sharded, stock_class, why_replaced, why_watched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +53,8 @@ def patch(
     model: a supported model (see `UnsupportedModelError`'s message), or a module that holds one (a PEFT model, DDP,
         a model of your own around a BertModel). Patching a patched model patches it anew with these options.
     attention, norms, mlp, embeddings, loss: what to replace.
-    packing, trim: padding leaves before the first layer; the last layer computes only rows that are read.
+    packing, trim: padding leaves before the first layer; a layer computes only rows that are read. True and "auto" are
+        the same.
     backend: "auto", or "cpp", "triton", "cuda", "torch" for every operation.
 
     Raises UnsupportedModelError, TypeError or ValueError for options that do not exist, RuntimeError for a backend that
@@ -72,23 +69,23 @@ def patch(
             f"fasttune does not know {type(model).__name__}, nor any model inside it. Supported are"
             f" {supported_models()}."
         )
+    for _, family in found:
+        _check_backend(family, options)
     unpatch(model)
     for part, family in found:
-        _check_backend(family, options)
         _patch_part(part, family, options)
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Puts everything back, bit for bit; returns the same object. Does nothing to a model that is not patched."""
-    for part in [module for module in model.modules() if isinstance(patch_of(module), ModelPatch)]:
-        rows.unwatch(part)
-        _restore_config(part, patch_of(part).config)
-        delattr(part, ATTRIBUTE)
-    for module in model.modules():
-        if patch_of(module) is not None:
-            module.__class__ = _stock_class(type(module))
-            delattr(module, ATTRIBUTE)
+    for module in list(model.modules()):
+        if patch_of(module) is None:
+            continue
+        stock = _stock_class(type(module))
+        if stock is not type(module):
+            module.__class__ = stock
+        delattr(module, ATTRIBUTE)
     return model
 
 
@@ -103,13 +100,20 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 
 
 def supported_parts(model: nn.Module) -> Iterator[tuple[nn.Module, Family]]:
-    """The outermost supported models in `model`, itself included."""
+    """The outermost supported models in `model`, itself included, each once."""
+    yield from _supported_parts(model, set())
+
+
+def _supported_parts(model: nn.Module, seen: set[int]) -> Iterator[tuple[nn.Module, Family]]:
+    if id(model) in seen:
+        return
+    seen.add(id(model))
     family = family_of(model)
     if family is not None:
         yield model, family
         return
     for child in model.children():
-        yield from supported_parts(child)
+        yield from _supported_parts(child, seen)
 
 
 def why_left_alone(name: str, module: nn.Module, rule: Replacement, options: Options) -> str | None:
@@ -122,22 +126,10 @@ def why_left_alone(name: str, module: nn.Module, rule: Replacement, options: Opt
         return f"its class is {type(module).__module__}.{type(module).__name__}, which may compute something else"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    return rule.unsuited(module) or why_no_backend(rule.operation, options, pays_in_torch=rule.pays_in_torch)
-
-
-def why_attention_left_alone(part: Any, options: Options) -> str | None:
-    """Why a model keeps its attention function."""
-    from fasttune.patching.attention import NAMES
-
-    config = part.config
-    current = config._attn_implementation
-    if not options.attention:
-        return "attention=False"
-    if current not in NAMES and current not in NAMES.values():
-        return f"attn_implementation={current!r} was chosen; only {' and '.join(NAMES)} are replaced"
-    if config.output_attentions or (current == "eager" and getattr(config, "reorder_and_upcast_attn", False)):
-        return "the config asks for eager attention (output_attentions or reorder_and_upcast_attn)"
-    return why_no_backend("attention", options)
+    if rule.stock.__module__.startswith("torch.") and (watched := why_watched(module, HARMLESS)) is not None:
+        return watched
+    why = why_replaced(rule.stock) or rule.unsuited(module)
+    return why or why_no_backend(rule.operation, options, pays_in_torch=rule.pays_in_torch)
 
 
 def why_no_backend(operation: str, options: Options, *, pays_in_torch: bool = False) -> str | None:
@@ -160,41 +152,30 @@ def _check_backend(family: Family, options: Options) -> None:
 
 
 def _patch_part(part: nn.Module, family: Family, options: Options) -> None:
-    settings = Settings(options, family.name)
+    settings = Settings(options, family.name, weakref.ref(part), reads_all=isinstance(part, family.of_every_token))
+    tied = _tied_weight(part)
     for name, module in part.named_modules():
         rule = family.replacement(name, module)
         if rule is not None and why_left_alone(name, module, rule, options) is None:
             module.__class__ = rule.by
-            within = tuple(_around(part, name)) if rule.group == "loss" or rule.lazy else ()
-            setattr(module, ATTRIBUTE, ModulePatch(settings, rule.operation, rule.does, within))
-        elif isinstance(module, family.attentions):
-            setattr(module, ATTRIBUTE, ModulePatch(settings, "attention", "attention"))
-    layers = list(family.layers(part))
-    for place, layer in enumerate(layers):
-        if patch_of(layer) is not None:
-            patch_of(layer).place = place, len(layers)
-    swap = None
-    if why_attention_left_alone(part, options) is None:
-        swap = _swap_config(part)
-    setattr(part, ATTRIBUTE, ModelPatch(settings, swap))
-    rows.watch(part)
+            mark = ModulePatch(settings, rule.operation, rule.does)
+            mark.tied = isinstance(module, nn.Embedding) and module.weight is tied
+            setattr(module, ATTRIBUTE, mark)
+    if patch_of(part) is None:
+        setattr(part, ATTRIBUTE, ModelPatch(settings))
 
 
-def _around(part: nn.Module, name: str) -> Iterator[nn.Module]:
-    """`part` and the modules on the way to its submodule `name`, without that one."""
-    names = name.split(".")
-    for depth in range(len(names)):
-        yield part.get_submodule(".".join(names[:depth]))
+def _tied_weight(part: nn.Module) -> Any:
+    """The weight that a model's head shares with its lookup, None if it has a head of its own, or none."""
+    head, table = (getattr(part, f"get_{which}_embeddings", lambda: None)() for which in ("output", "input"))
+    weight = getattr(head, "weight", None)
+    return weight if weight is not None and weight is getattr(table, "weight", None) else None
 
 
 def _stock_class(cls: type[nn.Module]) -> type[nn.Module]:
     """From a replacement back to the stock class, its base of the same name."""
     if cls.__module__.startswith("fasttune."):
-        return next(
-            base
-            for base in cls.__mro__
-            if base.__name__ == cls.__name__ and not base.__module__.startswith("fasttune.")
-        )
+        return stock_class(cls)
     # A wrapper may have derived its own class from the replacement since (fully_shard does). Transformers puts a
     # forward into each class derived from a checkpointing layer, and will do so again.
     bases = tuple(_stock_class(base) if issubclass(base, Patched) else base for base in cls.__bases__)
@@ -203,24 +184,3 @@ def _stock_class(cls: type[nn.Module]) -> type[nn.Module]:
     members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "forward")}
     metaclass: Any = type(cls)
     return metaclass(cls.__name__, bases, members)
-
-
-def _swap_config(part: Any) -> ConfigSwap:
-    names: dict[str, str] = importlib.import_module("fasttune.patching.attention").NAMES
-    original = part.config
-    replacement = copy.copy(original)
-    replacement._attn_implementation_internal = names[original._attn_implementation]
-    _exchange_config(part, original, replacement)
-    return ConfigSwap(original, replacement, dict(vars(replacement)))
-
-
-def _restore_config(part: Any, swap: ConfigSwap | None) -> None:
-    if swap is not None:
-        swap.carry_over()
-        _exchange_config(part, swap.copy, swap.original)
-
-
-def _exchange_config(part: nn.Module, old: Any, new: Any) -> None:
-    for module in part.modules():
-        if module.__dict__.get("config") is old:
-            module.config = new

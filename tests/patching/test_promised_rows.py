@@ -1,4 +1,4 @@
-"""LazyRows: any use of one gives what the computed tensor would have given, and only the rows read are computed."""
+"""PromisedRows: any use of one gives what the computed tensor would have given, and only the rows read are computed."""
 
 import copy
 import io
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fasttune.patching.lazy_rows import LazyRows, LinearRows, MappedRows, TensorRows
+from fasttune.patching.promises.loss import LinearRows
+from fasttune.patching.promises.source import TensorRows
+from fasttune.patching.promises.tensor import PromisedRows
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 5, 4, 11
 
@@ -21,9 +23,13 @@ class Recorder(TensorRows):
         super().__init__(tensor)
         self.asked = []
 
-    def _rows(self, ids):
-        self.asked.append(self._matrix.shape[0] if ids is None else ids.numel())
-        return super()._rows(ids)
+    def rows(self, ids):
+        self.asked.append(self.count if ids is None else ids.numel())
+        return super().rows(ids)
+
+
+def logits_of(source, head):
+    return LinearRows(source, head.weight, head.bias, None, select=True, note=lambda: None)
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def setup():
     hidden = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
     head = nn.Linear(WIDTH, VOCABULARY)
     source = Recorder(hidden)
-    lazy = LazyRows.of(LinearRows(source, head.weight, head.bias), (BATCH, LENGTH))
+    lazy = PromisedRows.of(logits_of(source, head), (BATCH, LENGTH))
     return hidden, head, source, lazy, head(hidden)
 
 
@@ -51,6 +57,14 @@ PICKS = {
     "shift like a causal loss": (lambda x: x[..., :-1, :].contiguous().view(-1, VOCABULARY), BATCH * (LENGTH - 1)),
     "clone": (lambda x: x.clone()[0], LENGTH),
     "x[::2] steps": (lambda x: x[:, ::2], BATCH * 3),
+    "a list of rows": (lambda x: x[[1, 0]], BATCH * LENGTH),
+    "a new axis": (lambda x: x[1, None], LENGTH),
+    "unsqueeze": (lambda x: x[:, 2].unsqueeze(1), BATCH),
+    "index_select": (lambda x: x.index_select(1, torch.tensor([4, 0])), BATCH * 2),
+    "gather of rows": (lambda x: x.gather(1, torch.tensor([3, 1]).view(2, 1, 1).expand(2, 1, VOCABULARY)), BATCH),
+    "take_along_dim": (lambda x: torch.take_along_dim(x, torch.tensor([3, 1]).view(2, 1, 1), 1), BATCH),
+    "narrow": (lambda x: x.narrow(1, 1, 2), BATCH * 2),
+    "flatten": (lambda x: x[:, :2].flatten(0, 1), BATCH * 2),
 }
 
 
@@ -59,7 +73,7 @@ def test_picking_rows_stays_lazy_and_computes_just_those(setup, name):
     hidden, _, source, lazy, exact = setup
     pick, rows = PICKS[name]
     picked = pick(lazy)
-    assert isinstance(picked, LazyRows)
+    assert isinstance(picked, PromisedRows)
     assert picked.shape == pick(exact).shape
     assert source.asked == []
     value = picked + 0
@@ -76,8 +90,6 @@ OTHER_USES = {
     "one feature": lambda x: x[..., 2],
     "split": lambda x: x.split(4, dim=-1)[1],
     "softmax": lambda x: F.softmax(x, dim=-1),
-    "new axis": lambda x: x[:, None],
-    "list index": lambda x: x[[1, 0]],
     "transpose": lambda x: x.transpose(0, 1),
     "regroup across features": lambda x: x.reshape(-1),
     "double": lambda x: x.double(),
@@ -89,6 +101,44 @@ OTHER_USES = {
     "item assignment": lambda x: _assign(x),
     "unbind": lambda x: x.unbind(0)[1],
 }
+
+
+MASK = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+FEWER = {  # reads of all rows, of which some are seen by nobody
+    "masked mean": (lambda x: (x * MASK[..., None]).sum(1) / MASK.sum(1, keepdim=True), 6),
+    "expanded mask": (lambda x: torch.sum(x * MASK.unsqueeze(-1).expand(x.size()).float(), 1), 6),
+    "masked maximum": (lambda x: x.masked_fill(MASK[..., None] == 0, -1e9).max(1)[0], 6),
+    "where": (lambda x: torch.where(MASK[..., None].bool(), x, torch.zeros(())), 6),
+    "weights by bmm": (lambda x: torch.bmm(MASK[:, None].float(), x), 6),
+    "packed sequence": (
+        lambda x: nn.utils.rnn.pack_padded_sequence(x, MASK.sum(1), batch_first=True, enforce_sorted=False).data,
+        6,
+    ),
+    "relu of rows": (lambda x: F.relu(x)[:, 0], BATCH),
+    "LayerNorm of rows": (lambda x: F.layer_norm(x, (VOCABULARY,))[:, 1], BATCH),
+    "linear of rows": (lambda x: F.linear(x, torch.arange(3.0 * VOCABULARY).view(3, -1) / 30)[:, 1], BATCH),
+    "normalised rows": (lambda x: F.normalize(x, dim=-1)[:, 1], BATCH),
+    "scaled rows": (lambda x: (2 * x)[0] / 3, LENGTH),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_rows_that_nobody_will_see_are_left_out(setup, name):
+    hidden, _, source, lazy, exact = setup
+    read, rows = FEWER[name]
+    ours, stock = read(lazy) + 0, read(exact)
+    assert torch.allclose(ours, stock, rtol=1e-5, atol=1e-6)
+    assert sum(source.asked) == rows
+    upstream = torch.randn_like(stock)
+    a, b = (torch.autograd.grad(value, hidden, upstream)[0] for value in (ours, stock))
+    assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_reader_adds_rows(setup):
+    _, _, source, lazy, exact = setup
+    for pick in (lambda x: x[:, :2], lambda x: x[:, 1:4], lambda x: x[:, :2]):
+        assert torch.allclose(pick(lazy) + 0, pick(exact), rtol=1e-5, atol=1e-6)
+    assert source.asked == [BATCH * 2, BATCH * 2]
 
 
 def _assign(x):
@@ -145,9 +195,8 @@ def test_class_weights_smoothing_and_another_ignore_index_reach_the_loss(setup):
 def test_sources_compose(setup):
     hidden, _, source, _, _ = setup
     norm, head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
-    first = LazyRows.of(source, (BATCH, LENGTH))
-    normed = first.with_source(MappedRows(first.source, norm, type(norm).__call__, WIDTH, hidden.dtype))
-    logits = normed.with_source(LinearRows(normed.source, head.weight, head.bias))
+    normed = norm(PromisedRows.of(source, (BATCH, LENGTH)))
+    logits = normed.with_source(logits_of(normed.state.source, head))
     assert torch.allclose(logits[:, 1] + 0, head(norm(hidden))[:, 1], rtol=1e-5, atol=1e-6)
     assert source.asked == [BATCH]
 
@@ -172,7 +221,7 @@ def test_values_once_read_survive_a_step(setup):
 def test_autocast_at_the_time_of_the_promise_decides_the_dtype(setup):
     hidden, head, source, _, _ = setup
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lazy = LazyRows.of(LinearRows(source, head.weight, head.bias), (BATCH, LENGTH))
+        lazy = PromisedRows.of(logits_of(source, head), (BATCH, LENGTH))
         exact = head(hidden)
     assert lazy.dtype == exact.dtype == torch.bfloat16
     assert torch.equal(lazy + 0, exact)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
-# Which rows (B, S) of the last hidden state a head reads, given its forward's arguments by name, the padding mask
-# (B, S) and the config. None stands for all of them.
-RowReader = Callable[[Mapping[str, Any], Tensor, Any], Tensor | None]
+from torch import nn
 
 _PEFT_COPY = re.compile(r"\.modules_to_save\.[^.]+$")  # where PEFT puts the copy of a module that is trained in full
 
@@ -28,7 +24,6 @@ class Replacement:
     only: tuple[str, ...] = ()  # names of the attribute that holds it; empty: any
     covers: tuple[str, ...] = ()  # children whose work it does itself
     unsuited: Callable[[Any], str | None] = lambda module: None  # why this very module has to stay stock
-    lazy: bool = False  # its output may be a LazyRows
     pays_in_torch: bool = False  # worth it on the torch backend too (work is skipped, not only fused)
 
     def matches(self, name: str, module: nn.Module) -> bool:
@@ -41,12 +36,16 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family of Transformers."""
+    """One model family of Transformers.
+
+    heads: the models that `patch` accepts. of_every_token: those of them that hand out something of every token, so
+    that outside training all rows are computed at once: a hint for speed, nothing else depends on it.
+    """
 
     name: str
-    heads: Mapping[type[nn.Module], RowReader]  # the models `patch` accepts
+    heads: tuple[type[nn.Module], ...]
+    of_every_token: tuple[type[nn.Module], ...]
     replacements: tuple[Replacement, ...]
-    attentions: tuple[type[nn.Module], ...]  # modules that call the attention function; they are marked only
     layers: Callable[[Any], Iterable[nn.Module]]  # of a model: its stack of layers, first to last
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:

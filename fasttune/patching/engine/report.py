@@ -1,4 +1,4 @@
-"""What runs now in a patched model, and why the rest was left alone."""
+"""What happened in a patched model: which shortcut ran in how many calls, in how many not, and why."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import torch
 from torch import nn
 
 from fasttune.ops import _backends
-from fasttune.patching.engine import supported_parts, why_attention_left_alone, why_left_alone
+from fasttune.patching.engine.patch import supported_parts, why_left_alone
+from fasttune.patching.families.spec import Family, Replacement
+from fasttune.patching.marks import ModelPatch, ModulePatch, Settings, patch_of
 from fasttune.patching.options import Options
-from fasttune.patching.spec import Family, Replacement
-from fasttune.patching.state import ModelPatch, Settings, patch_of
+
+NEVER = "has not run yet"
 
 
 @dataclass(frozen=True)
 class Row:
     """modules: their path, numbers folded ("h.{0-11}.mlp"); count: how many; stock: their stock class; runs: what runs
-    now ("" if stock does); backend: which; note: why it was left alone, or stepped aside and in how many calls."""
+    now ("" if stock does); backend: which; note: why it was left alone, or stepped aside and in how many calls; calls:
+    of the modules in which it ran."""
 
     modules: str
     count: int
@@ -28,6 +31,7 @@ class Row:
     runs: str
     backend: str
     note: str
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,15 @@ class PatchReport:
         if not self.rows:
             return f"{self.model}: not patched"
         table = Table(title=f"fasttune on {self.model}", title_justify="left")
-        for heading in ("module", "stock class", "runs now", "backend", "note"):
-            table.add_column(heading, overflow="fold")
+        for heading in ("module", "stock class", "runs now", "backend", "calls", "note"):
+            table.add_column(heading, overflow="fold", justify="right" if heading == "calls" else "left")
         for row in self.rows:
             count = f" x {row.count}" if row.count > 1 else ""
             runs = row.runs or ("stock" if row.stock else "")
-            table.add_row(f"{row.modules}{count}", row.stock, runs, row.backend, row.note)
+            calls = str(row.calls) if row.runs else ""
+            table.add_row(f"{row.modules}{count}", row.stock, runs, row.backend, calls, row.note)
         text = StringIO()
-        Console(file=text, width=150, markup=False).print(table)
+        Console(file=text, width=100, markup=False).print(table)
         return text.getvalue().rstrip()
 
 
@@ -58,13 +63,12 @@ def report(model: nn.Module) -> PatchReport:
     rows: list[Row] = []
     for part, family in supported_parts(model):
         patch = patch_of(part)
-        if isinstance(patch, ModelPatch):
-            rows += _rows(part, family, patch)
+        if isinstance(patch, (ModelPatch, ModulePatch)):
+            rows += _rows(part, family, patch.settings)
     return PatchReport(type(model).__name__, tuple(rows))
 
 
-def _rows(part: Any, family: Family, patch: ModelPatch) -> list[Row]:
-    settings = patch.settings
+def _rows(part: Any, family: Family, settings: Settings) -> list[Row]:
     tensor = next(iter(part.parameters()), torch.empty(0))
     rules: dict[str, Replacement] = {}
     covered: set[str] = set()
@@ -76,10 +80,10 @@ def _rows(part: Any, family: Family, patch: ModelPatch) -> list[Row]:
                 covered |= {f"{name}.{child}" for child in rule.covers}
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, module in part.named_modules():
-        if name not in rules or name in covered:
+        if name not in rules or name in covered or rules[name].group == "packing or trim" or name == "":
             continue
         rule = rules[name]
-        if isinstance(module, rule.by):
+        if isinstance(module, rule.by) and patch_of(module) is not None:
             state = (rule.does, _backend(rule.operation, tensor, settings.options), "")
         else:
             left = why_left_alone(name, module, rule, settings.options)
@@ -90,49 +94,43 @@ def _rows(part: Any, family: Family, patch: ModelPatch) -> list[Row]:
             if rule.only and rule.named(name) and not isinstance(module, rule.stock):
                 note = f"its class is {type(module).__module__}.{type(module).__name__}, not {rule.stock.__name__}"
                 groups.setdefault((skeleton(name), type(module).__name__, "", "", note), []).append(name)
-    asides = dict(settings.asides)
-    rows = _attention_rows(part, family, settings, tensor)
+    rows = []
     for (_, stock, runs, backend, note), names in groups.items():
-        told = [f"stepped aside {n} times: {why}" for (what, why), n in asides.items() if what == runs]
-        if stock == "Linear" and runs:
-            told.append("logits at once in evaluation and inside torch.compile")
-        rows.append(Row(fold(names), len(names), stock, runs, backend, "; ".join(filter(None, [note, *told]))))
-    return rows + _skipped_work_rows(part, settings)
+        told = _told(settings, runs, note)
+        rows.append(Row(fold(names), len(names), stock, runs, backend, told, settings.ran[runs] if runs else 0))
+    return rows + _skipped_work_rows(settings, family, part)
+
+
+def _told(settings: Settings, what: str, note: str = "") -> str:
+    """Why `what` did not run, and in how many calls."""
+    if note or not what:
+        return note
+    told = [f"stepped aside {n} times: {why}" for (of, why), n in settings.asides.items() if of == what]
+    if not told and not settings.ran[what] and not settings.ran["packing"] and not settings.ran["layers"]:
+        told.append(NEVER)
+    return "; ".join(told)
 
 
 SKIPPED = {
     "packing": "padding left out from the first layer to the last",
     "trim": "last layer for the rows that are read",
+    "layers": "whole layers in one, fused",
 }
 
 
-def _skipped_work_rows(part: Any, settings: Settings) -> list[Row]:
+def _skipped_work_rows(settings: Settings, family: Family, part: Any) -> list[Row]:
     """What packing and trim do; both need the patched attention."""
     rows = []
     for option, does in SKIPPED.items():
-        left = None if getattr(settings.options, option) else f"{option}=False"
-        if left is None and why_attention_left_alone(part, settings.options) is not None:
+        left = None if getattr(settings.options, option, True) else f"{option}=False"
+        if left is None and not settings.options.attention:
             left = "attention was left alone"
-        told = [f"stepped aside {n} times: {why}" for (what, why), n in settings.asides.items() if what == option]
-        rows.append(Row(f"({option})", 1, "", "" if left else does, "", left or "; ".join(told)))
+        told = [f"stepped aside {n} times: {why}" for (of, why), n in settings.asides.items() if of == option]
+        if left is None and not told and not settings.ran[option]:
+            told = [NEVER]
+        note = left or "; ".join(told)
+        rows.append(Row(f"({option})", 1, "", "" if left else does, "", note, settings.ran[option]))
     return rows
-
-
-def _attention_rows(part: Any, family: Family, settings: Settings, tensor: torch.Tensor) -> list[Row]:
-    told = [f"stepped aside {n} times: {why}" for (what, why), n in settings.asides.items() if what == "attention"]
-    note = why_attention_left_alone(part, settings.options)
-    if note is None and not part.config._attn_implementation.startswith("fasttune"):
-        note = "changed after patching; call fasttune.patch again"
-    runs = "" if note else "attention without a T x T tensor"
-    backend = "" if note else _backend("attention", tensor, settings.options)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, module in part.named_modules():
-        if isinstance(module, family.attentions):
-            groups.setdefault((skeleton(name), type(module).__name__), []).append(name)
-    return [
-        Row(fold(names), len(names), stock, runs, backend, "; ".join(filter(None, [note, *told])))
-        for (_, stock), names in groups.items()
-    ]
 
 
 def _backend(operation: str, tensor: torch.Tensor, options: Options) -> str:

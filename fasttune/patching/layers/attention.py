@@ -1,0 +1,202 @@
+"""Self-attention of a layer that runs as it stands (compiled, checkpointed, with a module in it that is not known):
+without a T×T tensor all the same, where the mask is one of the known patterns.
+
+Shape legend: query, key, value (B, S, H, D), any strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+
+from fasttune import ops
+from fasttune.ops.attention import MAX_HEAD_DIM
+from fasttune.ops.packing import PackedBatch
+from fasttune.patching.layers.entry import ATTENTIONS, NEUTRAL, UNREAD, attentions_wanted, layout_of_call
+from fasttune.patching.layers.frozen import Unknown
+from fasttune.patching.layers.patched import Patched
+from fasttune.patching.marks import reading_waits, runs_fused, unusual
+from fasttune.patching.padding.layout import Layout
+from fasttune.patching.promises.source import on
+
+
+def layout_for_attention(
+    module: Patched, hidden: Tensor, mask: Tensor | None, head_dim: int, arguments: Mapping[str, Any]
+) -> Layout | None:
+    """Who sees whom, or None where stock's attention has to run."""
+    patch = module._fasttune
+    if not patch.settings.options.attention or unusual():
+        return None
+    implementation = module.config._attn_implementation
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    try:
+        if implementation not in ATTENTIONS:
+            raise Unknown(f"attn_implementation={implementation!r}")
+        if attentions_wanted():
+            raise Unknown("attention weights were asked for")
+        if head_dim > MAX_HEAD_DIM:
+            raise Unknown(f"heads of {head_dim} dimensions")
+        if not runs_fused("attention", kind, dtype, patch.backend):
+            raise Unknown(f"no fused kernel for {str(dtype).removeprefix('torch.')} on {kind}")
+        if mask is not None and torch.compiler.is_compiling():
+            raise Unknown("a mask inside torch.compile")
+        if mask is not None and not patch.settings.options.packing and reading_waits(hidden.device):
+            raise Unknown(UNREAD)
+        layout = layout_of_call(hidden, mask, module, arguments)
+        if implementation == "eager" and layout.blind:
+            raise Unknown("queries that see no key under eager attention")
+    except Unknown as why:
+        patch.aside(str(why))
+        return None
+    patch.note()
+    return layout
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, dropout_p: float, backend: str | None
+) -> Tensor:
+    """(B, S, H, D): queries at padding too, over the real keys of their row."""
+    options: dict[str, Any] = {"causal": layout.causal, "scale": scale, "dropout_p": dropout_p, "backend": backend}
+    packed = layout.packed
+    if layout.full and packed.cu_seqlens.shape[0] - 1 == layout.shape[0]:
+        return ops.attention(query, key, value, **options)
+    options |= {"cu_seqlens": packed.cu_seqlens, "max_seqlen": packed.max_seqlen}
+    if layout.full:
+        return ops.attention(*(x.flatten(0, 1) for x in (query, key, value)), **options).unflatten(0, layout.shape)
+    key, value = (ops.pack(x, packed)[0] for x in (key, value))
+    looking, positions, counts = queries_of_all(layout)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
+    flat = query.flatten(0, 1)
+    device = query.device
+    chosen = on(looking, device)
+    out = ops.attention(
+        flat.index_select(0, chosen),
+        key,
+        value,
+        cu_seqlens_q=on(offsets, device),
+        positions_q=on(positions.to(torch.int32), device),
+        **options,
+    )
+    return flat.new_zeros(flat.shape, dtype=out.dtype).index_copy(0, chosen, out).unflatten(0, layout.shape)
+
+
+def keys_given(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
+    """Which keys (B, K) every query of cross-attention sees, as a mask (B, 1, Q, K) says; raises Unknown."""
+    if mask is None:
+        return None
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
+        raise Unknown("a mask of another kind than padded encoder states")
+    visible = mask.detach()[:, 0] if mask.dtype == torch.bool else mask.detach()[:, 0] == 0
+    hidden = mask.dtype == torch.bool or bool((visible | (mask[:, 0] == torch.finfo(mask.dtype).min)).all())
+    if mask.requires_grad or not hidden or not bool((visible == visible[:, :1]).all()):
+        raise Unknown("a mask of another kind than padded encoder states")
+    real = visible[:, 0]
+    return None if bool(real.all()) else real
+
+
+def across(
+    module: Patched,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float,
+    arguments: Mapping[str, Any],
+) -> Tensor | None:
+    """Cross-attention: query (B, Q, H, D) over key and value (B, K, H, D) under a mask (B, 1, Q, K); None where stock's
+    has to run."""
+    patch = module._fasttune
+    implementation = module.config._attn_implementation
+    if torch.compiler.is_compiling() or unusual() or 0 in query.shape or 0 in key.shape:
+        return None
+    try:
+        if implementation not in ATTENTIONS or attentions_wanted() or query.shape[-1] > MAX_HEAD_DIM:
+            raise Unknown("attention weights were asked for, or another attention was chosen")
+        others = {name for name, given in arguments.items() if given is not None and given is not False}
+        if others - NEUTRAL:
+            raise Unknown(f"{', '.join(sorted(others - NEUTRAL))} given")
+        if not runs_fused("attention_chosen_queries", query.device.type, query.dtype, patch.backend):
+            raise Unknown(f"no fused kernel for {str(query.dtype).removeprefix('torch.')} on {query.device.type}")
+        real = keys_given(mask, query.shape[1], key.shape[1])
+        if real is not None and real.shape[0] != query.shape[0]:
+            real = real.expand(query.shape[0], -1)
+        if real is not None and implementation == "eager" and not bool(real.any(1).all()):
+            raise Unknown("queries that see no key under eager attention")
+    except Unknown as why:
+        patch.aside(str(why))
+        return None
+    patch.note()
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "backend": patch.backend}
+    if real is None:
+        return ops.attention(query, key, value, **options)
+    packed = PackedBatch.from_mask(real)
+    sequences, queries = query.shape[:2]
+    out = ops.attention(
+        query.flatten(0, 1),
+        ops.pack(key, packed)[0],
+        ops.pack(value, packed)[0],
+        cu_seqlens=packed.cu_seqlens,
+        max_seqlen=packed.max_seqlen,
+        cu_seqlens_q=torch.arange(sequences + 1, dtype=torch.int32, device=query.device) * queries,
+        positions_q=torch.arange(queries, dtype=torch.int32, device=query.device).repeat(sequences),
+        **options,
+    )
+    return out.unflatten(0, (sequences, queries))
+
+
+def fresh_cache(cache: Any, layer_idx: int | None) -> bool:
+    """Whether there is nothing in a cache yet that self-attention would have to see."""
+    if cache is None:
+        return True
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if type(cache) is not DynamicCache or layer_idx is None:
+        return False
+    if layer_idx >= len(cache.layers):
+        return True
+    layer = cache.layers[layer_idx]
+    return type(layer) is DynamicLayer and layer.get_seq_length() == 0
+
+
+def into_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int) -> None:
+    """key and value (B, H, S, D)."""
+    if cache is not None:
+        (cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache).update(key, value, layer_idx)
+
+
+def fills(cache: Any, layer_idx: int | None) -> bool:
+    """Whether cross-attention computes its keys and values in this call, for a cache or for none."""
+    if cache is None:
+        return True
+    return isinstance(cache, EncoderDecoderCache) and layer_idx is not None and not cache.is_updated.get(layer_idx)
+
+
+def into_cross_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int) -> None:
+    """key and value (B, H, K, D) of encoder states."""
+    if cache is not None:
+        cache.cross_attention_cache.update(key, value, layer_idx)
+        cache.is_updated[layer_idx] = True
+
+
+def queries_of_all(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token as a query: (numbers of the tokens that see a key, sequence by sequence in the order of their
+    positions; these positions; how many in each sequence)."""
+    length = layout.shape[1]
+    ids = torch.arange(layout.shape[0] * length)
+    real = layout.places >= 0
+    sequence, column = ids // length, ids % length
+    begins = layout.lengths.cumsum(0) - layout.lengths
+    seen, lengths = layout.seen, layout.lengths.index_select(0, sequence)
+    behind = torch.where(seen == lengths, torch.maximum(column, seen), seen - 1)
+    positions = torch.where(real, layout.places - begins.index_select(0, sequence), behind)
+    order = (sequence * (2 * length) + positions).argsort(stable=True)
+    order = order[(real | (seen > 0))[order]]
+    return order, positions[order], torch.bincount(sequence[order], minlength=layout.shape[0])

@@ -1,0 +1,149 @@
+"""Who attends to whom in a batch, as sequences of real tokens, recognised from the mask that a layer is handed.
+
+Nothing is assumed about where the mask came from: a two-dimensional mask that Transformers expanded, one that a hook
+narrowed, position ids that start anew, somebody's own. Its values are compared with those of a few patterns; what fits
+none of them has no layout, and attention under it runs as stock does.
+
+padding      every query sees the real keys of its row (or, causal, those up to itself)
+sequences    several sequences side by side in a row, causal within each
+
+Shape legend: mask (B, 1, S, S) bool, True where a query may look at a key, or additive (0 there, the dtype's minimum
+elsewhere); B rows of S tokens, T of them real; ids number the B * S tokens row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from fasttune.ops.packing import PackedBatch
+
+_ATTRIBUTE = "_fasttune_layout"
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """packed: the real tokens, sequence by sequence. causal: whether a token sees only those up to itself.
+    real: bool (B, S) on the CPU, None if all tokens are."""
+
+    packed: PackedBatch
+    causal: bool
+    real: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    @property
+    def total(self) -> int:
+        """T, the number of real tokens."""
+        return self.packed.total
+
+    @property
+    def full(self) -> bool:
+        return self.real is None
+
+    @cached_property
+    def real_ids(self) -> Tensor:
+        """int64 (T,) on the CPU: the numbers of the real tokens, in the packed order."""
+        return torch.arange(self.total) if self.real is None else self.real.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 (B * S,) on the CPU: which of the T packed rows a token is, -1 at padding."""
+        return self.packed.packed_rows.cpu()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 (N,) on the CPU: real tokens of each sequence."""
+        return self.packed.cu_seqlens.cpu().diff().long()
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """int64 (B * S,) on the CPU: how many real keys of its row a token at padding sees."""
+        assert self.real is not None
+        if self.causal:
+            return self.real.cumsum(1).flatten()
+        return self.real.sum(1, keepdim=True).expand(self.shape).flatten()
+
+    @cached_property
+    def blind(self) -> bool:
+        """Whether a token at padding sees no key at all."""
+        return self.real is not None and bool(((self.seen == 0) & ~self.real.flatten()).any())
+
+
+@lru_cache(maxsize=64)
+def unpadded(shape: tuple[int, int], device: torch.device, causal: bool) -> Layout:
+    """Of a batch without padding, one sequence in each row."""
+    rows, length = shape
+    offsets = torch.arange(rows + 1, dtype=torch.int32) * length
+    ids = torch.arange(rows * length)
+    return Layout(PackedBatch(ids.to(device), offsets.to(device), length, shape), causal)
+
+
+def layout_of(mask: Tensor | None, shape: tuple[int, int], device: torch.device, *, causal: bool) -> Layout | None:
+    """The layout that a mask of self-attention stands for; causal: what no mask stands for. None: no known pattern."""
+    if mask is None:
+        return unpadded(shape, device, causal)
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-2:] != (shape[1], shape[1]) or 0 in shape:
+        return None
+    if mask.shape[0] not in (1, shape[0]) or mask.requires_grad:
+        return None
+    known = getattr(mask, _ATTRIBUTE, None)
+    version = None if mask.is_inference() else mask._version
+    if known is not None and version is not None and known[:2] == (version, shape):
+        found: Layout | None = known[2]
+        return found
+    found = _recognised(mask, shape)
+    setattr(mask, _ATTRIBUTE, (version, shape, found))
+    return found
+
+
+def _recognised(mask: Tensor, shape: tuple[int, int]) -> Layout | None:
+    device, mask = mask.device, mask.detach()[:, 0].cpu()  # the one time that the host waits for a GPU
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    hidden_is_hidden = True
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            return None
+        lowest = torch.finfo(mask.dtype).min
+        hidden_is_hidden = bool((visible | (mask == lowest)).all())
+    if not hidden_is_hidden:
+        return None
+    visible = visible.expand(shape[0], -1, -1)
+    last = visible[:, -1]  # what the last query sees
+    if bool((visible == last[:, None]).all()):
+        return _padded(last, device, causal=False)
+    triangle = torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
+    if bool((visible == (last[:, None] & triangle)).all()):
+        return _padded(last, device, causal=True)
+    tokens = torch.arange(shape[1])
+    starts = visible.int().argmax(-1) == tokens  # the first key that a query sees is its own token
+    number = starts.cumsum(1)
+    together = (number[:, :, None] == number[:, None, :]) & starts[:, :1, None]
+    for causal in (True, False):
+        if bool((visible == (together & triangle if causal else together)).all()):
+            return _side_by_side(starts, shape, device, causal=causal)
+    return None
+
+
+def _padded(real: Tensor, device: torch.device, *, causal: bool) -> Layout:
+    if bool(real.all()):
+        return unpadded((real.shape[0], real.shape[1]), device, causal)
+    packed = PackedBatch.from_mask(real)
+    if device.type != "cpu":
+        indices, offsets = packed.indices.to(device), packed.cu_seqlens.to(device)
+        packed = PackedBatch(indices, offsets, packed.max_seqlen, packed.shape)
+    return Layout(packed, causal, real.clone())
+
+
+def _side_by_side(starts: Tensor, shape: tuple[int, int], device: torch.device, *, causal: bool) -> Layout:
+    """starts (B, S): where a sequence begins; a row's first token does."""
+    begin = starts.flatten().nonzero().squeeze(1).to(torch.int32)
+    offsets = torch.cat((begin, begin.new_full((1,), starts.numel())))
+    longest = int(offsets.diff().max())
+    ids = torch.arange(starts.numel(), device=device)
+    return Layout(PackedBatch(ids, offsets.to(device), longest, shape), causal)
