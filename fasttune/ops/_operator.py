@@ -69,6 +69,7 @@ class Operator:
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fasttune::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
         self._operator = getattr(torch.ops.fasttune, name).default
+        self.differentiable = backward is not None  # once, that is
         if backward is None or setup_context is None:
             setup_context, backward = _save_nothing, _refusal(name)
         # Function.apply unwraps functorch's wrappers first; there are none where this is called, and it costs 4 µs.
