@@ -133,9 +133,14 @@ def test_checkpointing_regenerates_the_masks(head, reentrant, tmp_path):
         trainer = trainer_of(model, tmp_path, **options)
         trainer.train()
         runs.append(trainer.run)
-    assert runs[0].losses == runs[1].losses
+    # The first pass of a reentrant checkpoint takes no promise: the same masks and numbers, in products of other sizes,
+    # whose rounding the steps of the optimizer then carry on.
+    floor = 1e-5 if reentrant else 0.0
+    for plain, again in zip(runs[0].losses, runs[1].losses, strict=True):
+        assert abs(plain - again) <= floor * abs(plain)
     for plain, again in zip(runs[0].gradients, runs[1].gradients, strict=True):
-        assert all(torch.equal(plain[name], again[name]) for name in plain)
+        largest = max(grad.abs().max().item() for grad in plain.values())
+        assert all((plain[name] - again[name]).abs().max() <= 100 * floor * largest for name in plain)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -296,6 +296,7 @@ def _may_wait(module: Any, hidden: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not isinstance(hidden, PromisedRows)
         and 0 not in hidden.shape
+        and not module._fasttune.settings.sharded()
         and module._fasttune.fused(hidden)
     )
 

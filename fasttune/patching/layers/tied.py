@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune.ops.tied import tied_views
+from fasttune.patching.marks import reading_waits
 from fasttune.patching.promises.source import RowSource
 
 
@@ -24,7 +25,7 @@ def lookup_view(table: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     if type(weight) is not nn.Parameter or not weight.requires_grad or weight.dtype == torch.float16:
         return None  # torch cannot add two sparse gradients in float16
-    if weight.device.type != "cpu":  # the host would wait for the number of rows that a sparse gradient holds
+    if reading_waits(weight.device):  # the host would wait for the number of rows that a sparse gradient holds
         return None
     lookup, head = tied_views(weight)
     return weight, lookup, head
