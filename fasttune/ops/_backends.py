@@ -76,7 +76,7 @@ def choose(operation: str, tensor: torch.Tensor, backend: str | None) -> str:
         raise TypeError(f"{operation}: backend is {backend!r}; expected a name or None.")
     environment = os.environ.get("FASTTUNE_BACKEND") or None
     chosen = _choose(operation, tensor.device.type, tensor.dtype, backend, environment)
-    if chosen != "torch" and not torch.compiler.is_compiling():
+    if chosen != "torch":
         if _transforms.tracing():
             _transforms.refuse_trace(operation)
         if _transforms.transformed():

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
-_peek = torch._C._functorch.peek_interpreter_stack
+_functorch = torch._C._are_functorch_transforms_active  # of those that ask, the one that torch.compile understands
 _tracing = torch._C._get_tracing_state
 
 _INSTEAD = "use backend='torch' or FASTTUNE_BACKEND=torch, or fasttune.unpatch(model) first."
@@ -24,23 +24,23 @@ def public_name(operator: str) -> str:
 
 def transformed() -> bool:
     """Whether a transform of torch.func or a level of dual numbers is on (or is_grads_batched, which is a vmap)."""
-    return _peek() is not None or forward_ad._current_level >= 0
+    return _functorch() or forward_ad._current_level >= 0
 
 
 def in_functorch() -> bool:
-    return _peek() is not None
+    return bool(_functorch())
 
 
 def tracing() -> bool:
     """Whether torch.jit.trace, or the exporter to ONNX that rests on it, records."""
-    return _tracing() is not None
+    return not torch.compiler.is_compiling() and _tracing() is not None
 
 
 def refuse(operator: str, args: tuple[Any, ...]) -> None:
     """Raises RuntimeError where `operator` would be recorded wrongly or lose a derivative."""
     if _tracing() is not None:
         refuse_trace(operator)
-    if _peek() is not None:
+    if _functorch():
         refuse_transform(operator)
     if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
         raise RuntimeError(f"fasttune: {public_name(operator)} has no forward-mode derivative; {_INSTEAD}")

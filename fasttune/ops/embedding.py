@@ -185,7 +185,7 @@ def embedding(
             raise ValueError(f"embedding: padding_idx is {padding_idx}; expected a row of word_weight, {size} in all.")
         padding_idx %= size
     chosen = _backends.choose("embedding", word_weight, backend)
-    if sparse_grad and not torch.compiler.is_compiling() and _transforms.transformed():
+    if sparse_grad and _transforms.transformed():
         sparse_grad = False  # torch.func has no sparse tensors
     args = (
         *(word_ids, word_weight, token_type_ids, token_type_weight, position_ids, position_weight),

@@ -197,7 +197,7 @@ def _copier(x: Tensor) -> str:
 
 def _composed() -> bool:
     """Whether something needs the derivatives or the records that torch's own operators have."""
-    return not torch.compiler.is_compiling() and (_transforms.transformed() or _transforms.tracing())
+    return _transforms.transformed() or _transforms.tracing()
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
