@@ -50,6 +50,8 @@ def _getitem(promised: PromisedRows, index: Any) -> Any:
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(item, PromisedRows) for item in items):
         return NotImplemented
+    if not getattr(promised.state.source, "select", True) and any(isinstance(item, Tensor) for item in items):
+        return NotImplemented  # with trim=False no rows are looked for: on a GPU the host would wait for the index
     items = [torch.tensor(item) if isinstance(item, list) else item for item in items]
     known = (int, slice)
     if not all(item is Ellipsis or item is None or type(item) in known or isinstance(item, Tensor) for item in items):
