@@ -156,6 +156,45 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return strides[:3] if len(strides) == 4 else (0, *strides[:2])
 
 
+# CUDA's grids end there in the second dimension, where the kernels have their heads, and in the third, the sequences.
+LAUNCH_BLOCKS = 65535
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """heads from `first` on of `sequences` from `sequence` on; all_heads: of each sequence."""
+
+    first: int
+    sequence: int
+    sequences: int
+    heads: int
+    all_heads: int
+
+    def of(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """Of tensors (N, S, H, D) or (T, H, D)."""
+        if not self._cuts:
+            return list(tensors)
+        return [None if x is None else self._narrow(x, x.dim() - 2, x.dim() == 4) for x in tensors]
+
+    def of_statistics(self, *tensors: Tensor) -> list[Tensor]:
+        """Of tensors (N, H, Q) or (H, R)."""
+        if not self._cuts:
+            return list(tensors)
+        return [self._narrow(x, x.dim() - 2, x.dim() == 3) for x in tensors]
+
+    def numbers(self) -> tuple[int, int]:
+        """The kernels' first_head, counted over all sequences, and heads."""
+        return self.sequence * self.all_heads + self.first, self.all_heads
+
+    @property
+    def _cuts(self) -> bool:
+        return self.first > 0 or self.sequence > 0 or LAUNCH_BLOCKS in (self.heads, self.sequences)
+
+    def _narrow(self, x: Tensor, of_heads: int, dense: bool) -> Tensor:
+        x = x.narrow(of_heads, self.first, self.heads)
+        return x.narrow(0, self.sequence, self.sequences) if dense else x
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Which queries meet which keys. Packed: cu_seqlens (N + 1,). Queries of some positions only: cu_seqlens_q (N + 1,)
@@ -171,21 +210,30 @@ class Layout:
             return self.cu_seqlens, self.cu_seqlens, None
         return self.cu_seqlens_q, self.cu_seqlens, self.positions_q.to(torch.int32)
 
-    def sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
-        """Sequences, heads, and queries and keys: of each sequence, or packed of all."""
-        sequences = query.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        return sequences, query.shape[-2], query.shape[-3], key.shape[-3]
+    def sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+        """Sequences, and queries and keys: of each, or packed of all."""
+        if self.cu_seqlens is None:
+            return query.shape[0], query.shape[1], key.shape[1]
+        return self.cu_seqlens.shape[0] - 1, query.shape[0], key.shape[0]
 
     def lse_strides(self, query: Tensor) -> tuple[int, int]:
         """Of sequence and head of lse, (N, H, Q) or (H, R)."""
         queries, heads = query.shape[-3:-1]
         return (heads * queries if self.cu_seqlens is None else 0), queries
 
-    def grid(self, rows: int, block: int, sequences: int, heads: int) -> tuple[int]:
-        """One dimension: CUDA's others end at 65535."""
+    def parts(self, query: Tensor) -> list[Part]:
+        """What one launch each computes: mostly all at once."""
+        heads, sequences = query.shape[-2], query.shape[0] if self.cu_seqlens is None else 1
+        return [
+            Part(first, sequence, min(LAUNCH_BLOCKS, sequences - sequence), min(LAUNCH_BLOCKS, heads - first), heads)
+            for sequence in range(0, sequences, LAUNCH_BLOCKS)
+            for first in range(0, heads, LAUNCH_BLOCKS)
+        ]
+
+    def grid(self, rows: int, block: int, part: Part) -> tuple[int, int, int]:
         if self.cu_seqlens is None:
-            return (triton.cdiv(rows, block) * heads * sequences,)
-        return ((rows // block + sequences) * heads,)
+            return triton.cdiv(rows, block), part.heads, part.sequences
+        return rows // block + self.cu_seqlens.shape[0] - 1, part.heads, 1
 
 
 def _constants(query: Tensor, causal: bool) -> dict[str, object]:
@@ -248,14 +296,16 @@ def _run_forward(
     constants, pointers = _constants(query, causal), layout.pointers()
 
     def launch_with(tile: Tiles) -> None:
-        attention_forward_kernel[layout.grid(sizes[2], tile.block_m, *sizes[:2])](
-            *(query, key, value, out, lse, *pointers, seed, *sizes),
-            *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *layout.lse_strides(query)),
-            *(scale, threshold, keep_scale),
-            STEP=_step(tile, query.dtype, seed),
-            **_tile_constants(tile),
-            **constants,
-        )
+        for part in layout.parts(query):
+            attention_forward_kernel[layout.grid(sizes[1], tile.block_m, part)](
+                *(*part.of(query, key, value, out), *part.of_statistics(lse), *pointers, seed),
+                *(*part.numbers(), *sizes),
+                *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *layout.lse_strides(query)),
+                *(scale, threshold, keep_scale),
+                STEP=_step(tile, query.dtype, seed),
+                **_tile_constants(tile),
+                **constants,
+            )
 
     kind = seed is not None, layout.positions_q is not None
     launch_with(_tile("forward", query, causal, *kind, launch_with))
@@ -289,21 +339,25 @@ def _run_backward(
     options = (*layout.lse_strides(query), scale, threshold, keep_scale)
 
     def launch_dq(tile: Tiles) -> None:
-        attention_dq_kernel[layout.grid(sizes[2], tile.block_m, *sizes[:2])](
-            *(dout, query, key, value, out, lse, delta, dq, *pointers, seed, *sizes),
-            *(*inputs, *_strides(out), *_strides(dq), *options),
-            STEP=_step(tile, query.dtype, seed),
-            **_tile_constants(tile),
-            **constants,
-        )
+        for part in layout.parts(query):
+            attention_dq_kernel[layout.grid(sizes[1], tile.block_m, part)](
+                *(*part.of(dout, query, key, value, out), *part.of_statistics(lse, delta), *part.of(dq)),
+                *(*pointers, seed, *part.numbers(), *sizes),
+                *(*inputs, *_strides(out), *_strides(dq), *options),
+                STEP=_step(tile, query.dtype, seed),
+                **_tile_constants(tile),
+                **constants,
+            )
 
     def launch_dkdv(tile: Tiles) -> None:
-        attention_dkdv_kernel[layout.grid(sizes[3], tile.block_n, *sizes[:2])](
-            *(dout, query, key, value, lse, delta, dk, dv, *pointers, seed, *sizes),
-            *(*inputs, *_strides(dk), *_strides(dv), *options),
-            **_tile_constants(tile),
-            **constants,
-        )
+        for part in layout.parts(query):
+            attention_dkdv_kernel[layout.grid(sizes[2], tile.block_n, part)](
+                *(*part.of(dout, query, key, value), *part.of_statistics(lse, delta), *part.of(dk, dv)),
+                *(*pointers, seed, *part.numbers(), *sizes),
+                *(*inputs, *_strides(dk), *_strides(dv), *options),
+                **_tile_constants(tile),
+                **constants,
+            )
 
     kind = seed is not None, layout.positions_q is not None
     launch_dq(_tile("dq", query, causal, *kind, launch_dq))

@@ -86,8 +86,9 @@ def attention_dq_kernel(
     k_offsets,
     positions,
     seed,
-    sequences,
+    first_head,
     heads,
+    sequences,
     queries,
     keys,
     do_sequence,
@@ -122,7 +123,7 @@ def attention_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """Writes δ, which the dK, dV kernel reads, and dQ unless dq is None."""
-    sequence, own, tile = find_tile(q_offsets, sequences, heads, queries, BLOCK_M)
+    sequence, tile = find_tile(q_offsets, sequences, BLOCK_M)
     first_row, queries = extent(q_offsets, sequence, queries)
     start, keys = extent(k_offsets, sequence, keys)
     first_query = (tl.cdiv(queries, BLOCK_M) - 1 - tile) * BLOCK_M
@@ -130,25 +131,19 @@ def attention_dq_kernel(
         return
     valid = first_query + tl.arange(0, BLOCK_M) < queries
     position, lowest, highest, offset = tile_positions(positions, first_row, first_query, queries, keys, BLOCK_M)
-    head = sequence * heads + own
+    head = first_head + sequence * heads + tl.program_id(1)  # its number for the dropout
     if seed is not None:
         seed = tl.load(seed)
     first_row += first_query
-    do_tile = load_rows(
-        head_of(do, sequence, own, do_sequence, do_head), first_row, do_row, valid, True, HEAD_DIM, BLOCK_D
-    )
-    out_tile = load_rows(
-        head_of(out, sequence, own, out_sequence, out_head), first_row, out_row, valid, True, HEAD_DIM, BLOCK_D
-    )
+    do_tile = load_rows(head_of(do, do_sequence, do_head), first_row, do_row, valid, True, HEAD_DIM, BLOCK_D)
+    out_tile = load_rows(head_of(out, out_sequence, out_head), first_row, out_row, valid, True, HEAD_DIM, BLOCK_D)
     delta_tile = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    statistic = head_of(first_row + tl.arange(0, BLOCK_M), sequence, own, lse_sequence, lse_head)
+    statistic = head_of(first_row + tl.arange(0, BLOCK_M), lse_sequence, lse_head)
     tl.store(delta + statistic, delta_tile, mask=valid)
     if dq is not None:
         lse_tile = tl.load(lse + statistic, mask=valid, other=float("inf"))
-        q_tile = load_rows(
-            head_of(q, sequence, own, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D
-        )
-        k, v = head_of(k, sequence, own, k_sequence, k_head), head_of(v, sequence, own, v_sequence, v_head)
+        q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
+        k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
         last, full = keys, keys
         if CAUSAL:
             last = tl.minimum(keys - 1, highest + offset) + 1
@@ -161,15 +156,7 @@ def attention_dq_kernel(
                 *(full if MASKED else 0, last if MASKED else full, k_row, v_row, scale * LOG2E, threshold, keep_scale),
                 *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
             )
-        store_rows(
-            head_of(dq, sequence, own, dq_sequence, dq_head),
-            first_row,
-            dq_row,
-            acc * scale,
-            valid,
-            HEAD_DIM,
-            BLOCK_D,
-        )
+        store_rows(head_of(dq, dq_sequence, dq_head), first_row, dq_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -247,8 +234,9 @@ def attention_dkdv_kernel(
     k_offsets,
     positions,
     seed,
-    sequences,
+    first_head,
     heads,
+    sequences,
     queries,
     keys,
     do_sequence,
@@ -281,7 +269,7 @@ def attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    sequence, own, tile = find_tile(k_offsets, sequences, heads, keys, BLOCK_N)
+    sequence, tile = find_tile(k_offsets, sequences, BLOCK_N)
     first_row, queries = extent(q_offsets, sequence, queries)
     start, keys = extent(k_offsets, sequence, keys)
     first_key = tile * BLOCK_N
@@ -290,17 +278,14 @@ def attention_dkdv_kernel(
     key = first_key + tl.arange(0, BLOCK_N)
     valid = key < keys
     offset = keys - queries if positions is None else 0
-    head = sequence * heads + own
+    head = first_head + sequence * heads + tl.program_id(1)  # its number for the dropout
     if seed is not None:
         seed = tl.load(seed)
     start += first_key
-    q, do = head_of(q, sequence, own, q_sequence, q_head), head_of(do, sequence, own, do_sequence, do_head)
-    lse, delta = (
-        head_of(lse, sequence, own, lse_sequence, lse_head),
-        head_of(delta, sequence, own, lse_sequence, lse_head),
-    )
-    k_tile = load_rows(head_of(k, sequence, own, k_sequence, k_head), start, k_row, valid, True, HEAD_DIM, BLOCK_D)
-    v_tile = load_rows(head_of(v, sequence, own, v_sequence, v_head), start, v_row, valid, True, HEAD_DIM, BLOCK_D)
+    q, do = head_of(q, q_sequence, q_head), head_of(do, do_sequence, do_head)
+    lse, delta = head_of(lse, lse_sequence, lse_head), head_of(delta, lse_sequence, lse_head)
+    k_tile = load_rows(head_of(k, k_sequence, k_head), start, k_row, valid, True, HEAD_DIM, BLOCK_D)
+    v_tile = load_rows(head_of(v, v_sequence, v_head), start, v_row, valid, True, HEAD_DIM, BLOCK_D)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     below = 0
@@ -319,14 +304,6 @@ def attention_dkdv_kernel(
         *(keep_scale, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
     )
     if dk is not None:
-        store_rows(
-            head_of(dk, sequence, own, dk_sequence, dk_head),
-            start,
-            dk_row,
-            dk_tile * scale,
-            valid,
-            HEAD_DIM,
-            BLOCK_D,
-        )
+        store_rows(head_of(dk, dk_sequence, dk_head), start, dk_row, dk_tile * scale, valid, HEAD_DIM, BLOCK_D)
     if dv is not None:
-        store_rows(head_of(dv, sequence, own, dv_sequence, dv_head), start, dv_row, dv_tile, valid, HEAD_DIM, BLOCK_D)
+        store_rows(head_of(dv, dv_sequence, dv_head), start, dv_row, dv_tile, valid, HEAD_DIM, BLOCK_D)

@@ -83,8 +83,9 @@ def attention_forward_kernel(
     k_offsets,
     positions,
     seed,
-    sequences,
+    first_head,
     heads,
+    sequences,
     queries,
     keys,
     q_sequence,
@@ -112,7 +113,7 @@ def attention_forward_kernel(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    sequence, own, tile = find_tile(q_offsets, sequences, heads, queries, BLOCK_M)
+    sequence, tile = find_tile(q_offsets, sequences, BLOCK_M)
     first_row, queries = extent(q_offsets, sequence, queries)
     start, keys = extent(k_offsets, sequence, keys)
     first_query = (tl.cdiv(queries, BLOCK_M) - 1 - tile) * BLOCK_M
@@ -120,12 +121,12 @@ def attention_forward_kernel(
         return
     valid = first_query + tl.arange(0, BLOCK_M) < queries
     position, lowest, highest, offset = tile_positions(positions, first_row, first_query, queries, keys, BLOCK_M)
-    head = sequence * heads + own
+    head = first_head + sequence * heads + tl.program_id(1)  # its number for the dropout
     if seed is not None:
         seed = tl.load(seed)
     first_row += first_query
-    q_tile = load_rows(head_of(q, sequence, own, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
-    k, v = head_of(k, sequence, own, k_sequence, k_head), head_of(v, sequence, own, v_sequence, v_head)
+    q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
+    k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
     last, full = keys, keys
     if CAUSAL:
         last = tl.minimum(keys - 1, highest + offset) + 1
@@ -143,5 +144,5 @@ def attention_forward_kernel(
     seen = total > 0.0
     acc *= tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)[:, None]
     log = tl.where(seen, m + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
-    tl.store(head_of(lse, sequence, own, lse_sequence, lse_head) + first_row + tl.arange(0, BLOCK_M), log, mask=valid)
-    store_rows(head_of(out, sequence, own, out_sequence, out_head), first_row, out_row, acc, valid, HEAD_DIM, BLOCK_D)
+    tl.store(head_of(lse, lse_sequence, lse_head) + first_row + tl.arange(0, BLOCK_M), log, mask=valid)
+    store_rows(head_of(out, out_sequence, out_head), first_row, out_row, acc, valid, HEAD_DIM, BLOCK_D)

@@ -12,31 +12,27 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Sizes and strides that change with the batch: no new compilation for them.
-RUN_TIME = ["sequences", "heads", "queries", "keys", "threshold", "lse_sequence", "lse_head"]
+RUN_TIME = ["first_head", "heads", "sequences", "queries", "keys", "threshold", "lse_sequence", "lse_head"]
 
 
 @triton.jit
-def find_tile(offsets, sequences, heads, rows, BLOCK: tl.constexpr):
-    """This program's sequence, head and tile of BLOCK rows; rows: of each sequence or, packed, of all.
+def find_tile(offsets, sequences, BLOCK: tl.constexpr):
+    """This program's sequence and tile of BLOCK rows.
 
-    Programs are numbered tile first, then head, then sequence, in the grid's only dimension that may exceed 65535.
-    Packed, sequence s owns of each head the programs from offsets[s] // BLOCK + s on: at least as many as it has tiles,
-    and the grid needs no length but the total. The largest such s is found by bisection; programs without a tile leave.
+    Packed, sequence s owns the programs from offsets[s] // BLOCK + s on: at least as many as it has tiles, and the
+    grid needs no length but the total. The largest such s is found by bisection; programs without a tile leave.
     """
     if offsets is None:
-        tiles = tl.cdiv(rows, BLOCK)
-        tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-        sequence, head = pair // heads, pair % heads
+        sequence, tile = tl.program_id(2), tl.program_id(0)
     else:
-        programs = rows // BLOCK + sequences
-        program, head = tl.program_id(0) % programs, tl.program_id(0) // programs
+        program = tl.program_id(0)
         sequence, above = program * 0, program * 0 + sequences
         while sequence + 1 < above:
             middle = (sequence + above) // 2
             before = tl.load(offsets + middle).to(tl.int32) // BLOCK + middle <= program
             sequence, above = tl.where(before, middle, sequence), tl.where(before, above, middle)
         tile = program - tl.load(offsets + sequence).to(tl.int32) // BLOCK - sequence
-    return sequence, head, tile
+    return sequence, tile
 
 
 @triton.jit
@@ -76,9 +72,8 @@ def first_query_from(positions, first_row, queries, offset, position):
 
 
 @triton.jit
-def head_of(x, sequence, head, sequence_stride, head_stride):
-    """Where the head begins; packed, the stride of a sequence is 0."""
-    return x + sequence.to(tl.int64) * sequence_stride + head.to(tl.int64) * head_stride
+def head_of(x, sequence_stride, head_stride):
+    return x + tl.program_id(2).to(tl.int64) * sequence_stride + tl.program_id(1).to(tl.int64) * head_stride
 
 
 @triton.jit

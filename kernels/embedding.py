@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttune.kernels import launch
-from fasttune.kernels.launch import power_of_two, tile_of
+from fasttune.kernels.launch import power_of_two
 
 TILE = 4096
 RUN = 32
@@ -54,9 +54,8 @@ def embedding_sum_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row_tile, column_tile = tile_of(columns, COLUMNS)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     value = _look_up(word_ids, word, words, row, rows, column, columns)
     if token_type is not None:
         value += _look_up(type_ids, token_type, types, row, rows, column, columns)
@@ -70,8 +69,8 @@ def embedding_sum_kernel(
 def run_sums_kernel(
     dout, order, ids, gradient, heads, tails, rows, size, skip, columns, RUN: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    piece, column_tile = tile_of(columns, COLUMNS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    piece = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     valid = column < columns
     first, last = piece * RUN, tl.minimum(piece * RUN + RUN, rows)
     total = tl.zeros([COLUMNS], tl.float32)
@@ -99,8 +98,8 @@ def run_sums_kernel(
 @triton.jit(do_not_specialize=["rows", "size", "skip"])
 def long_runs_kernel(ids, heads, tails, gradient, rows, size, skip, columns, RUN: tl.constexpr, COLUMNS: tl.constexpr):
     """For each piece in which a run begins that goes on: its tail and the heads of the pieces up to the run's end."""
-    piece, column_tile = tile_of(columns, COLUMNS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    piece = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     valid = column < columns
     last = piece * RUN + RUN - 1  # the last place of this piece
     if last + 1 < rows:
@@ -142,7 +141,7 @@ def embedding_sum(
         rows = word_ids.numel()
         block_columns = min(1024, power_of_two(columns, 128))
         block_rows = TILE // block_columns
-        embedding_sum_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)](
+        embedding_sum_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
             *(x for pair in zip(ids, tables, strict=True) for x in pair),
             *(out, rows, *(0 if t is None else t.shape[0] for t in tables), columns),
             ROWS=block_rows,
@@ -160,7 +159,7 @@ def _add_runs(dout: Tensor, ids: Tensor, order: Tensor, gradient: Tensor, skip: 
     pieces = triton.cdiv(rows, RUN)
     block = min(1024, power_of_two(columns, 128))
     heads, tails = torch.empty((2, pieces, columns), dtype=torch.float32, device=dout.device)
-    grid = (pieces * triton.cdiv(columns, block),)
+    grid = (pieces, triton.cdiv(columns, block))
     options = {"RUN": RUN, "COLUMNS": block, "num_warps": launch.warps(max(1, block // 256))}
     sizes = (rows, gradient.shape[0], skip, columns)
     run_sums_kernel[grid](dout, order, ids, gradient, heads, tails, *sizes, **options)

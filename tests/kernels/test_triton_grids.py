@@ -10,6 +10,7 @@ from fused import triton_only
 
 import fasttune.kernels
 from fasttune import ops
+from fasttune.kernels import attention
 
 pytestmark = triton_only
 LIMIT, ROWS, MANY = 65535, 32 * 65535 + 1, 65536
@@ -69,13 +70,21 @@ def test_grids_are_long_in_the_first_dimension_alone(grids, case):
     assert all(max(grid[1:], default=1) <= LIMIT for _, grid in grids), grids
 
 
+@pytest.mark.parametrize("blocks", [65535, 2])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_program_has_its_sequence_head_and_tile(packed):
-    """Several of each: a program that took another's would leave a hole, which is poisoned."""
+def test_every_program_has_its_sequence_head_and_tile(monkeypatch, packed, blocks):
+    """Several of each, in one launch and in many: one that took another's would leave a hole, which is poisoned, or
+    would drop other weights."""
+    monkeypatch.setattr(attention, "LAUNCH_BLOCKS", blocks)
     shape = (3, 70, 5, 16) if not packed else (210, 5, 16)
     options = {"cu_seqlens": torch.tensor([0, 70, 71, 210])} if packed else {}
-    inputs = [torch.randn(shape) for _ in range(3)]
-    ours, reference = (
-        ops.attention(*inputs, causal=True, backend=backend, **options) for backend in ("triton", "torch")
-    )
-    torch.testing.assert_close(ours, reference)
+    inputs, upstream = [torch.randn(shape) for _ in range(3)], torch.randn(shape)
+
+    def results(backend):
+        torch.manual_seed(3)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = ops.attention(*leaves, causal=True, dropout_p=0.3, backend=backend, **options)
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    for ours, reference in zip(results("triton"), results("torch"), strict=True):
+        torch.testing.assert_close(ours, reference)
