@@ -30,7 +30,7 @@ def layout_for_attention(
 ) -> Layout | None:
     """Who sees whom, or None where stock's attention has to run."""
     patch = module._fasttune
-    if not patch.settings.options.attention or unusual():
+    if not patch.settings.options.attention or unusual() or hidden.device.type == "meta":
         return None
     implementation = module.config._attn_implementation
     kind = hidden.device.type
