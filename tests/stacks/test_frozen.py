@@ -123,8 +123,7 @@ def needed_work(model, inputs, loss_of=loss_of):
     def note(name, module, args):
         x, weight = args[0], module.weight
         if weight.shape[0] != 101 or isinstance(module, Conv1D):
-            rows = x.shape[0] if name.endswith("score") else x.numel() // x.shape[-1]  # one row of a sequence
-            found = rows * weight.numel() * (int(x.requires_grad) + int(weight.requires_grad))
+            found = x.numel() // x.shape[-1] * weight.numel() * (int(x.requires_grad) + int(weight.requires_grad))
             needed["products"] += found
             needed["score"] += found if name.endswith("score") else 0
         if name.endswith(("query", "c_attn")):
