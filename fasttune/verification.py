@@ -99,7 +99,8 @@ class Verification:
 
     rows: worst first. reference: what errors are measured against. draws: how many sets of weights were compared.
     stock_seconds, patched_seconds: medians of a step; speedup: the median of the pairs' ratios; None if not timed.
-    report: `fasttune.report` of the patched copy after its step. notes: what else there is to say, in sentences.
+    report: `fasttune.report` of the patched copy after its step, the comparison's own reads included. notes: what else
+    there is to say, in sentences.
     """
 
     model: str

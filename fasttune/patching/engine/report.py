@@ -17,6 +17,7 @@ from fasttune.patching.marks import ModelPatch, ModulePatch, Settings, patch_of
 from fasttune.patching.options import Options
 
 NEVER = "has not run yet"
+INSIDE = "in one with the module around it"
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,24 @@ def _rows(part: Any, family: Family, settings: Settings) -> list[Row]:
                 groups.setdefault((skeleton(name), type(module).__name__, "", "", note), []).append(name)
     rows = []
     for (_, stock, runs, backend, note), names in groups.items():
-        told = _told(settings, runs, note)
+        inside = any(_ran(settings, rules[owner]) for owner in rules if owner and names[0].startswith(owner + "."))
+        told = _told(settings, runs, note, inside)
         rows.append(Row(fold(names), len(names), stock, runs, backend, told, settings.ran[runs] if runs else 0))
     return rows + _skipped_work_rows(settings, family, part)
 
 
-def _told(settings: Settings, what: str, note: str = "") -> str:
-    """Why `what` did not run, and in how many calls."""
+def _ran(settings: Settings, rule: Replacement) -> int:
+    """In how many calls a replacement ran; that of a layer as one piece."""
+    return settings.ran["layers" if rule.group == "packing or trim" else rule.does]
+
+
+def _told(settings: Settings, what: str, note: str, inside: bool) -> str:
+    """Why `what` did not run, and in how many calls. inside: a module that it is a part of did its work."""
     if note or not what:
         return note
     told = [f"stepped aside {n} times: {why}" for (of, why), n in settings.asides.items() if of == what]
-    if not told and not settings.ran[what] and not settings.ran["packing"] and not settings.ran["layers"]:
-        told.append(NEVER)
+    if not told and not settings.ran[what]:
+        told.append(INSIDE if inside else NEVER)
     return "; ".join(told)
 
 
@@ -119,7 +126,7 @@ SKIPPED = {
 
 
 def _skipped_work_rows(settings: Settings, family: Family, part: Any) -> list[Row]:
-    """What packing and trim do; both need the patched attention."""
+    """What packing and trim do, which need the patched attention, and who read every row all the same."""
     rows = []
     for option, does in SKIPPED.items():
         left = None if getattr(settings.options, option, True) else f"{option}=False"
@@ -130,6 +137,9 @@ def _skipped_work_rows(settings: Settings, family: Family, part: Any) -> list[Ro
             told = [NEVER]
         note = left or "; ".join(told)
         rows.append(Row(f"({option})", 1, "", "" if left else does, "", note, settings.ran[option]))
+    if settings.reads:
+        note = "; ".join(f"{n} by {reader}" for reader, n in settings.reads.most_common())
+        rows.append(Row("(reads)", 1, "", "every row of a tensor computed", "", note, settings.reads.total()))
     return rows
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fasttune import ops
+from fasttune.patching.families._leaves import common_leaves
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import (
     across,
@@ -27,7 +28,7 @@ from fasttune.patching.layers.attention import (
 )
 from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
 from fasttune.patching.layers.frozen import Norm, Unknown, activation, known, linear, probability
-from fasttune.patching.layers.leaves import Embedding, common_leaves, why_no_embedding, why_no_layer_norm
+from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.tied import lookup_view
 from fasttune.patching.padding.layout import Layout

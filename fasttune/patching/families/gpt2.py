@@ -12,6 +12,7 @@ from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from fasttune import ops
+from fasttune.patching.families._leaves import common_leaves
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import (
     across,
@@ -27,7 +28,6 @@ from fasttune.patching.layers.frozen import Linear, Norm, Unknown, activation, k
 from fasttune.patching.layers.layer_rows import LayerRows
 from fasttune.patching.layers.leaves import (
     Embedding,
-    common_leaves,
     why_no_embedding,
     why_no_layer_norm,
 )

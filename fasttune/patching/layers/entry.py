@@ -91,7 +91,7 @@ def promise(
         settings.note(PACKING)
     if at_once:
         settings.aside(TRIM, "activations are saved in another way (checkpointing)")
-    rows.on_few = lambda: settings.note(TRIM)
+    rows.on_few, rows.on_all = lambda: settings.note(TRIM), settings.read
     return promised
 
 

@@ -74,13 +74,14 @@ class LayerRows(RowSource):
         self._kept: tuple[TensorWeakRef, ...] | None = None
         self._strong: list[Tensor] = []  # what nothing else keeps: see `_hold`
         self.on_few: Callable[[], None] = _nothing  # told when some real rows are computed without the others
+        self.on_all: Callable[[str], None] = _nothing  # told who reads every row, those at padding included
         super().__init__(layer.weights)
         if not input.holds_itself:
             self._strong = [input.real(layout)]
 
     def anew(self) -> RowSource:
         twin: Any = super().anew()
-        twin._kept, twin._strong, twin.on_few = None, list(self._strong), _nothing
+        twin._kept, twin._strong, twin.on_few, twin.on_all = None, list(self._strong), _nothing, _nothing
         return twin
 
     # The real rows
@@ -180,6 +181,10 @@ class LayerRows(RowSource):
 
     # Any rows
 
+    def told(self, reader: str) -> None:
+        if self.padded or self.moment.gradient:
+            self.on_all(reader)
+
     def check(self, ids: Tensor | None) -> None:
         super().check(ids)
         at_padding = self.layout.real is not None and (ids is None or bool((self.layout.places[ids] < 0).any()))
@@ -273,5 +278,5 @@ class LayerRows(RowSource):
             return self.layer.finish(attended.flatten(1), rows, row_ids)
 
 
-def _nothing() -> None:
+def _nothing(*_: str) -> None:
     pass

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import ops
-from fasttune.patching.families.spec import Replacement
 from fasttune.patching.layers.entry import source_of
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.tied import head_view
@@ -122,20 +121,3 @@ def why_no_embedding(module: Any) -> str | None:
 
 def dropout_probability(module: Any) -> float:
     return float(module.p) if module.training else 0.0
-
-
-def common_leaves(*heads: str) -> tuple[Replacement, ...]:
-    """torch's own modules, wherever a family holds them. heads: the names of projections of which few rows are read."""
-    return (
-        Replacement(
-            nn.Linear,
-            Linear,
-            "loss",
-            "linear_cross_entropy",
-            "logits on demand, loss without them",
-            only=heads,
-            pays_in_torch=True,
-        ),
-        Replacement(nn.LayerNorm, LayerNorm, "norms", "layer_norm", "LayerNorm", unsuited=why_no_layer_norm),
-        Replacement(nn.Dropout, Dropout, "norms", "dropout", "dropout"),
-    )

@@ -94,6 +94,9 @@ class RowSource:
         twin._done, twin._shelf = [], None
         return twin
 
+    def told(self, reader: str) -> None:
+        """Somebody reads all rows, in a way that is not understood: for the report."""
+
     def check(self, ids: Tensor | None) -> None:
         """Raises RuntimeError if rows can no longer be computed as they were."""
         self.weights.check()
@@ -188,6 +191,9 @@ class MappedRows(RowSource):
         twin: Any = super().anew()
         twin.source = self.source.anew()
         return twin
+
+    def told(self, reader: str) -> None:
+        self.source.told(reader)
 
     def check(self, ids: Tensor | None) -> None:
         super().check(ids)

@@ -30,6 +30,7 @@ WRITTEN = (
     " Clone it first, or patch with fasttune.patch(model, loss=False, trim=False, packing=False)."
 )
 
+OTHER = "other code"  # reads a promised tensor without saying what it does with it
 
 _PROPERTIES = (
     *("shape", "dtype", "device", "requires_grad", "layout", "ndim", "is_leaf", "is_cuda", "is_cpu", "is_meta"),
@@ -72,19 +73,22 @@ class State:
         """Whether values exist, here or in the root. They may have been written to, so from then on they count."""
         return self.value is not None or self.root().value is not None
 
-    def materialize(self) -> Tensor:
-        """The values as an ordinary tensor in the autograd graph; computed once, whoever asks first."""
+    def materialize(self, reader: str = OTHER) -> Tensor:
+        """The values as an ordinary tensor in the autograd graph; computed once, whoever asks first. reader: who asks,
+        for the report."""
         if self.value is None:
             root = self.root()
             if root is not self and (self.everything or root.value is not None):
                 with self.source.moment.again():
-                    whole = root.materialize()
+                    whole = root.materialize(reader)
                     if self.everything:
                         self.value = whole.view(self.shape)
                     else:
                         rows = whole.reshape(-1, whole.shape[-1])
                         self.value = rows.index_select(0, on(self.ids.reshape(-1), rows.device)).view(self.shape)
             else:
+                if self.everything:
+                    self.source.told(reader)
                 rows = self.pick(None)
                 with self.source.moment.again():
                     value = rows.view(self.shape).to(self.dtype)
@@ -178,15 +182,15 @@ class PromisedRows(Tensor):
         graph (a checkpoint that returned it does)."""
         return not self.state.computed() and self.own_node is _node_of(self)
 
-    def materialize(self) -> Tensor:
-        """The values as an ordinary tensor in the autograd graph."""
+    def materialize(self, reader: str = OTHER) -> Tensor:
+        """The values as an ordinary tensor in the autograd graph. reader: who asks, for the report."""
         if self.own_node is not _node_of(self) or (self.state.watched and self.own_node is not None):
             values: Tensor = _Through.apply(self)
             return values
         if torch.is_grad_enabled():
             for state in self.state.chain():
                 state.used = True
-        return self.state.materialize()
+        return self.state.materialize(reader)
 
     @classmethod
     def __torch_function__(
@@ -206,7 +210,8 @@ class PromisedRows(Tensor):
             state = first.state
             if state.viewed is not None and not state.everything and _writes(func):
                 raise RuntimeError(WRITTEN)
-        return func(*materialized(args), **materialized(kwargs))
+        reader = getattr(func, "__name__", OTHER)
+        return func(*materialized(args, reader), **materialized(kwargs, reader))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -336,9 +341,9 @@ def _writes(func: Callable[..., Any]) -> bool:
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def materialized(value: Any) -> Any:
+def materialized(value: Any, reader: str = OTHER) -> Any:
     """Ordinary tensors for every PromisedRows in a value, lists, tuples and dicts included."""
-    return _replaced(value, PromisedRows.materialize)
+    return _replaced(value, lambda promised: promised.materialize(reader))
 
 
 def _values(value: Any) -> Any:
