@@ -146,7 +146,8 @@ void cross_entropy_row(const CrossEntropyArgs& args, int64_t row, float* partial
   const float label_weight =
       (args.class_weight ? args.class_weight[label] : 1.0f) * (1.0f - args.label_smoothing);
   const float smoothing = args.label_smoothing / static_cast<float>(classes);
-  const float total_weight = static_cast<float>(args.class_weight_sum);
+  // Without smoothing the other classes' weights do not count, not even one that is NaN.
+  const float total_weight = smoothing != 0.0f ? static_cast<float>(args.class_weight_sum) : 0.0f;
   const float label_logit = logit_at(x, args.bias, label);
   float largest, sum;
   if (args.loss) {

@@ -160,7 +160,10 @@ __global__ void __launch_bounds__(kThreads)
   const float weight = ignored || wrong || !args.class_weight ? 1.0f : args.class_weight[label];
   const float hit = upstream * (1.0f - args.label_smoothing) * weight;
   const float spread = upstream * smoothing;
-  const float weights = args.class_weight_sum ? *args.class_weight_sum : static_cast<float>(classes);
+  // Without smoothing the other classes' weights do not count, not even one that is NaN.
+  const bool smooth_weights = args.class_weight && smoothing != 0.0f;
+  const float weights =
+      smooth_weights && args.class_weight_sum ? *args.class_weight_sum : static_cast<float>(classes);
   const float largest = args.statistics[2 * row];
   const float slope = fmaf(spread, weights, hit) / args.statistics[2 * row + 1];
   const int64_t shift = past_boundary(logits);
@@ -172,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
       load8(logits, c, classes, true, x);
       FASTTUNE_UNROLL
       for (int i = 0; i < kVector; ++i) {
-        const bool weighted = args.class_weight && c + i >= 0 && c + i < classes;
+        const bool weighted = smooth_weights && c + i >= 0 && c + i < classes;
         x[i] = fmaf(expf(x[i] - largest), slope, -spread * (weighted ? args.class_weight[c + i] : 1.0f));
         if (c + i == label) x[i] -= hit;
       }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,9 @@ class Settings:
         twin = copy.copy(self)
         twin.ran, twin.asides, twin.reads = Counter(self.ran), Counter(self.asides), Counter(self.reads)
         memo[id(self)] = twin
+        part = self.part() if self.part is not None else None
+        if id(part) in memo:  # the model is copied with its modules
+            twin.part = weakref.ref(memo[id(part)])
         return twin
 
     def note(self, what: str) -> None:

@@ -1,5 +1,7 @@
 """ops.cross_entropy against torch.nn.functional.cross_entropy: values, gradients, options, bad input, tracing."""
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -50,6 +52,20 @@ def pair(target, options, classes):
         return F.cross_entropy(logits, target, weight=None if weight is None else weight.to(logits.dtype), **options)
 
     return fused, stock
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("linear", [False, True])
+def test_without_smoothing_a_weight_of_no_label_does_not_count(isa, linear, value):
+    target, weight = torch.tensor([1, 4, -100, 4]), torch.rand(9) + 0.1
+    weight[6] = value
+
+    def fused(logits):
+        if linear:
+            return ops.linear_cross_entropy(logits, torch.eye(9), target, weight=weight, backend=FUSED)
+        return ops.cross_entropy(logits, target, weight=weight, backend=FUSED)
+
+    assert_same_math(fused, lambda x: F.cross_entropy(x, target, weight.to(x.dtype)), [torch.randn(4, 9)], ["logits"])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
