@@ -71,8 +71,8 @@ def test_a_whole_forward_inside_a_checkpoint(head, reentrant, trim):
     torch.manual_seed(5)
     again = train(twin, data, loss_of=checkpointed)
     # A reentrant checkpoint first runs without gradients, and so through the logits: the loss is rounded elsewhere. In
-    # the other one every layer computes all of its rows, and rows in another number are rounded elsewhere. It also keeps
-    # no keys: the first row of a sequence padded left, which is read, computes them again, and gradients meet elsewhere.
+    # the other one every layer computes all of its rows, and rows in another number are rounded elsewhere. It keeps
+    # no keys either: the first row of a sequence padded left, which is read, has them computed again.
     elsewhere = not reentrant and (trim or head == "BertForSequenceClassification")
     rounding = 1e-6 if reentrant or elsewhere else 0.0
     assert again.losses == pytest.approx(plain.losses, rel=rounding, abs=0)
