@@ -67,6 +67,24 @@ def test_reads_that_are_understood_are_not_counted():
     assert "(reads)" not in rows_of(model)
 
 
+def test_shapes_dtypes_and_devices_are_no_reads():
+    model = patched("BertModel")
+    inputs = batch_of(model, padding="right")
+    hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"]
+    wide = mask[..., None].expand_as(hidden).type_as(hidden)
+    assert wide.shape == hidden.shape
+    assert wide.dtype == hidden.dtype
+    for made in (torch.zeros_like(hidden), torch.ones_like(hidden, dtype=torch.float64), torch.rand_like(hidden)):
+        assert type(made) is torch.Tensor
+        assert made.shape == hidden.shape
+        assert made.is_contiguous()
+    assert hidden.new_zeros(3).dtype == hidden.dtype
+    assert torch.full_like(hidden, 2.0)[0, 0, 0] == 2
+    hidden.masked_fill(wide == 0, float("-inf")).max(1).values.sum().backward()
+    assert "(reads)" not in rows_of(model)
+
+
 def test_evaluation_without_padding_reads_rows_that_are_there():
     model = patched("BertForSequenceClassification").eval()
     with torch.no_grad():

@@ -257,6 +257,29 @@ def _bmm(weights: Any, promised: Any) -> Any:
     return torch.bmm(weights, _spread(found[1], found[0], promised.shape).to(promised.dtype))
 
 
+# Shape, dtype and device alone
+
+
+def _expand_as(x: Any, other: Any) -> Any:
+    return NotImplemented if isinstance(x, PromisedRows) else x.expand(other.shape)
+
+
+def _type_as(x: Any, other: Any) -> Any:
+    return NotImplemented if isinstance(x, PromisedRows) else x.to(device=other.device, dtype=other.dtype)
+
+
+def _like(function: Callable[..., Tensor], **more: Any) -> Handler:
+    """For zeros_like, new_zeros and their relatives: of a tensor with the promised one's properties and no memory."""
+
+    def handler(promised: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(promised, PromisedRows):
+            return NotImplemented
+        stand_in = torch.empty((), dtype=promised.dtype, device=promised.device).expand(promised.shape)
+        return function(stand_in, *args, **(more | kwargs))
+
+    return handler
+
+
 # Functions of each row
 
 
@@ -403,6 +426,8 @@ _ELEMENTWISE = (
     *(Tensor.abs, Tensor.div, Tensor.__truediv__, torch.div, Tensor.__neg__),
 )
 
+_LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
+
 PromisedRows.handlers |= {
     Tensor.__getitem__: _getitem,
     **dict.fromkeys((Tensor.index_select, torch.index_select), _index_select),
@@ -420,6 +445,12 @@ PromisedRows.handlers |= {
     torch.where: _where,
     Tensor.where: lambda a, condition, b: _where(condition, a, b),
     **dict.fromkeys((torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__), _bmm),
+    Tensor.expand_as: _expand_as,
+    Tensor.type_as: _type_as,
+    **{function: _like(function, memory_format=torch.contiguous_format) for function in _LIKE},
+    **{
+        function: _like(function) for function in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty)
+    },
     F.linear: _linear,
     F.layer_norm: _layer_norm,
     F.dropout: _dropout,
