@@ -3,6 +3,7 @@ work of its attention and MLP itself."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,6 +223,9 @@ class GPT2Model(Patched, stock.GPT2Model):
             hidden.state.source.tied = tied[0], tied[2]
         return out
 
+
+# Whoever looks which arguments a model takes (a Trainer, for the columns of a data set) finds stock's.
+GPT2Model.forward.__signature__ = inspect.signature(stock.GPT2Model.forward)  # type: ignore[attr-defined]
 
 # Transformers keeps what a model can record of its outputs by the name of its class.
 dict.__setitem__(_CAN_RECORD_REGISTRY, str(GPT2Model), stock.GPT2Model._can_record_outputs)
