@@ -13,8 +13,10 @@ elsewhere); B rows of S tokens, T of them real; ids number the B * S tokens row 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,21 @@ from torch import Tensor
 from fasttune.ops.packing import PackedBatch
 
 _ATTRIBUTE = "_fasttune_layout"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _for_later(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Layouts are remembered: one that was made in inference mode may serve training, which saves its tensors."""
+
+    @wraps(function)
+    def ordinary(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return ordinary
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,21 +64,25 @@ class Layout:
         return self.real is None
 
     @cached_property
+    @_for_later
     def real_ids(self) -> Tensor:
         """int64 (T,) on the CPU: the numbers of the real tokens, in the packed order."""
         return torch.arange(self.total) if self.real is None else self.real.flatten().nonzero().squeeze(1)
 
     @cached_property
+    @_for_later
     def places(self) -> Tensor:
         """int64 (B * S,) on the CPU: which of the T packed rows a token is, -1 at padding."""
         return self.packed.packed_rows.cpu()
 
     @cached_property
+    @_for_later
     def lengths(self) -> Tensor:
         """int64 (N,) on the CPU: real tokens of each sequence."""
         return self.packed.cu_seqlens.cpu().diff().long()
 
     @cached_property
+    @_for_later
     def seen(self) -> Tensor:
         """int64 (B * S,) on the CPU: how many real keys of its row a token at padding sees."""
         assert self.real is not None
@@ -70,12 +91,14 @@ class Layout:
         return self.real.sum(1, keepdim=True).expand(self.shape).flatten()
 
     @cached_property
+    @_for_later
     def blind(self) -> bool:
         """Whether a token at padding sees no key at all."""
         return self.real is not None and bool(((self.seen == 0) & ~self.real.flatten()).any())
 
 
 @lru_cache(maxsize=64)
+@_for_later
 def unpadded(shape: tuple[int, int], device: torch.device, causal: bool) -> Layout:
     """Of a batch without padding, one sequence in each row."""
     rows, length = shape
@@ -130,6 +153,7 @@ def _recognised(mask: Tensor, shape: tuple[int, int]) -> Layout | None:
     return None
 
 
+@_for_later
 def _padded(real: Tensor, device: torch.device, *, causal: bool) -> Layout:
     if bool(real.all()):
         return unpadded((real.shape[0], real.shape[1]), device, causal)
@@ -140,6 +164,7 @@ def _padded(real: Tensor, device: torch.device, *, causal: bool) -> Layout:
     return Layout(packed, causal, real.clone())
 
 
+@_for_later
 def _side_by_side(starts: Tensor, shape: tuple[int, int], device: torch.device, *, causal: bool) -> Layout:
     """starts (B, S): where a sequence begins; a row's first token does."""
     begin = starts.flatten().nonzero().squeeze(1).to(torch.int32)
