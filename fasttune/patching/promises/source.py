@@ -165,7 +165,10 @@ class TensorRows(RowSource):
         super().__init__(())
 
     def rows(self, ids: Tensor | None) -> Tensor:
-        return self.matrix if ids is None or ids.numel() == self.count else take_rows(self.matrix, ids)
+        if ids is None or ids.numel() == self.count:
+            return self.matrix
+        with self.moment.again():  # a checkpointed layer saves the same in both runs, wherever its input lies
+            return take_rows(self.matrix, ids)
 
 
 class MappedRows(RowSource):
