@@ -178,13 +178,14 @@ class PromisedRows(Tensor):
         return _promised(state, (self,))
 
     def untouched(self) -> bool:
-        """Whether this is still the tensor that was promised: nobody has computed it or given it another place in the
-        graph (a checkpoint that returned it does)."""
-        return not self.state.computed() and self.own_node is _node_of(self)
+        """Whether this is still the tensor that was promised: nobody has computed it, asked for its gradient, or given
+        it another place in the graph (a checkpoint that returned it does)."""
+        return not self.state.computed() and self.own_node is _node_of(self) and not self.state.watched
 
     def materialize(self, reader: str = OTHER) -> Tensor:
         """The values as an ordinary tensor in the autograd graph. reader: who asks, for the report."""
-        if self.own_node is not _node_of(self) or (self.state.watched and self.own_node is not None):
+        watched = self.own_node is not None and any(state.watched for state in self.state.chain())
+        if watched or self.own_node is not _node_of(self):
             values: Tensor = _Through.apply(self)
             return values
         if torch.is_grad_enabled():
@@ -259,16 +260,24 @@ class _Promise(torch.autograd.Function):
         if ctx.view is not None:
             return None, _of_parent(state, ctx.view, grad)
         leaves = [leaf() for leaf in ctx.leaves]
-        wanted = [leaf for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if need]
-        if any(leaf is None for leaf in wanted):
+        if any(leaf is None for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if need):
             raise RuntimeError(
                 "fasttune: the tensors that these promised values depend on are gone; read them earlier."
             )
+        # A weight that several layers share gets its gradient once, one that was frozen meanwhile none, as in stock.
+        wanted = {
+            id(leaf): leaf
+            for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True)
+            if need and leaf is not None and leaf.requires_grad
+        }
+        if not wanted:
+            return (None,) * len(ctx.needs_input_grad)
         with torch.enable_grad():
             value = state.anew()
-        with _ending_at(wanted):
-            found = iter(torch.autograd.grad(value, wanted, grad, retain_graph=True, allow_unused=True))
-        return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
+        with _ending_at(list(wanted.values())):
+            grads = torch.autograd.grad(value, list(wanted.values()), grad, retain_graph=True, allow_unused=True)
+        found = dict(zip(wanted, grads, strict=True))
+        return None, *(found.pop(id(leaf), None) for leaf in leaves)
 
 
 class _Through(torch.autograd.Function):
