@@ -34,19 +34,27 @@ def check_parity(head, dtype, batch, *, device="cpu", options=None, **changes):
         runs.append(gradients(fasttune.patch(model, **(options or {})), inputs))
         exact, stock, again, ours = ({"loss": loss, **grads} for loss, grads in runs)
         assert ours.keys() == stock.keys()
-        largest = max(grad.abs().max().item() for grad in exact.values())
-        for name in stock:
-            assert ours[name].dtype == stock[name].dtype, name
-            if name == "loss" and torch.isnan(exact[name]):  # no label at all
-                assert torch.isnan(ours[name])
-                return
-            assert torch.isfinite(ours[name]).all(), name
-            scale = exact[name].abs().max().item()
-            unit = FLOOR_ULPS * torch.finfo(ours[name].dtype).eps * (largest if scale < 1e-10 * largest else scale)
-            theirs = max(max_error(side[name], exact[name]) for side in (stock, again))
-            errors.setdefault(name, []).append((max_error(ours[name], exact[name]), theirs, unit))
+        if torch.isnan(exact["loss"]):  # no label at all
+            assert torch.isnan(ours["loss"])
+            return
+        note_errors(errors, ours, (stock, again), exact)
     found = beyond_the_bound(errors)
     assert not found, "\n".join(found)
+
+
+def note_errors(errors, ours, stocks, exact, computed_in=None):
+    """Adds (our error, stock's, the floor) of each of one draw's tensors to `errors`, {name: [...]}; stocks: stock's
+    tensors, and by other roundings of the same mathematics; computed_in: the dtype, for the floor, if not a tensor's
+    own."""
+    largest = max((value.abs().max().item() for value in exact.values() if value.numel()), default=0.0)
+    for name, truth in exact.items():
+        assert ours[name].dtype == stocks[0][name].dtype, name
+        assert torch.isfinite(ours[name]).all(), name
+        scale = truth.abs().max().item() if truth.numel() else 0.0
+        ulp = torch.finfo(computed_in or ours[name].dtype).eps
+        unit = FLOOR_ULPS * ulp * (largest if scale < 1e-10 * largest else scale)
+        theirs = max(max_error(side[name], truth) for side in stocks)
+        errors.setdefault(name, []).append((max_error(ours[name], truth), theirs, unit))
 
 
 def beyond_the_bound(errors):

@@ -1,0 +1,57 @@
+"""Which combinations are not drawn, and why."""
+
+from between import (
+    another_call,
+    copied,
+    nothing,
+    pickled,
+    read_under_autocast,
+    read_under_inference_mode,
+    read_without_gradients,
+    saved,
+)
+from calls import embedded
+from modes import CHECKPOINT, LAYERS, REENTRANT, REENTRANT_LAYERS
+from paddings import PADDINGS, SQUARE, booleans, left_with_positions, windows
+from readers import hooked
+
+CHECKPOINTS = (CHECKPOINT, REENTRANT, LAYERS, REENTRANT_LAYERS)
+_CHANGES_NOTHING = (
+    *(nothing, another_call, copied, pickled, saved, read_under_autocast, read_under_inference_mode),
+    read_without_gradients,
+)
+
+# What stock itself cannot do, or does not do twice in the same way.
+RULES = {
+    "eager attention adds its mask, which True and False are not meant for": lambda case: (
+        case.padding is booleans and case.attention == "eager"
+    ),
+    "choices are flattened, a mask (B, 1, S, S) is not, nor GPT-2's positions": lambda case: (
+        (case.padding in SQUARE and ("MultipleChoice" in case.head or "DoubleHeads" in case.head))
+        or (case.padding is left_with_positions and "DoubleHeads" in case.head)
+    ),
+    "ELECTRA's discriminator picks the rows of its loss by the mask": lambda case: (
+        case.padding in SQUARE and case.head == "ElectraForPreTraining"
+    ),
+    "GPT-2's classifier looks for padding in the tokens, and its choices are flattened as tokens": lambda case: (
+        case.call is embedded and case.head in ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel")
+    ),
+    "backward of a checkpoint runs the model again, as it is then": lambda case: (
+        case.mode in CHECKPOINTS and case.between not in _CHANGES_NOTHING
+    ),
+}
+
+# Limits of a patched model.
+RULES |= {
+    "a hook on a promised tensor sees the gradients of its own readers, not of others who read its rows": (
+        lambda case: hooked in case.readers and (len(case.readers) > 1 or case.mode is REENTRANT_LAYERS)
+    ),
+}
+
+
+def why_not(case):
+    return next((why for why, rule in RULES.items() if rule(case)), None)
+
+
+# Where dropout is fasttune's in all of the model: not under a mask of another kind, whose attention is torch's.
+OWN_ATTENTION = {"attention": ("sdpa",), "padding": tuple(padding for padding in PADDINGS if padding is not windows)}
