@@ -134,7 +134,7 @@ def hooked(reading):
     x = reading.x
     if x.requires_grad:
         x.register_hook(lambda grad: 2.0 * grad)
-    return x[:, 0] * 1.0
+    return torch.cat([x[:, 0] * 1.0, reading.layers.linear(x.shape[-1], 3)(x)[:, 0]], -1)
 
 
 def detached(reading):
