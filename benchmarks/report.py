@@ -50,11 +50,16 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, An
     records: dict[str, dict[str, Any]] = {}
     for path in paths:
         data = json.loads(path.read_text())
-        machines.append(data["machine_info"].get("fasttune", {}))
+        machine = data["machine_info"].get("fasttune", {})
+        machines.append(machine)
         for row in data["benchmarks"]:
             if "group" in row["extra_info"]:
                 median_ms = 1e3 * row["stats"]["median"]
-                records[row["name"]] = row["extra_info"] | {"name": row["name"], "median_ms": median_ms}
+                records[row["name"]] = row["extra_info"] | {
+                    "name": row["name"],
+                    "median_ms": median_ms,
+                    "machine": machine,
+                }
     return machines, list(records.values())
 
 
@@ -157,13 +162,14 @@ def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) 
     steps = [record for record in records if record["group"] == STEP]
     overhead = [record for record in records if record["group"] == OVERHEAD]
     operations = [record for record in records if record["group"] not in (STEP, OVERHEAD)]
-    parts = ["# Benchmarks", *machine_lines(machines)]
+    parts = ["# Benchmarks"]
     if any(machine.get("quick") for machine in machines):
         parts.append("**A quick run on tiny shapes: it tries the harness, the figures mean nothing.**")
     parts += [METHOD, "Reproduce with `make bench`."]
     if steps:
         parts += [
             "## Training steps",
+            *machine_lines([record["machine"] for record in steps]),
             "Zero gradients, forward, backward, fused AdamW; default configurations (dropout 0.1), random weights.",
             "![step time over needed matrix products](benchmarks-steps.png)",
             step_table(steps),
@@ -174,11 +180,13 @@ def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) 
         if measured:
             parts += ["Peak memory of a step beyond weights, gradients and optimizer state:", memory_table(measured)]
     if operations:
-        parts += ["## Operations, forward and backward", "![speed-ups](benchmarks-operations.png)"]
+        parts += ["## Operations, forward and backward", *machine_lines([record["machine"] for record in operations])]
+        parts.append("![speed-ups](benchmarks-operations.png)")
         parts.append(operation_table(operations))
     if overhead:
         parts += [
             "## Overhead of a call",
+            *machine_lines([record["machine"] for record in overhead]),
             "Dispatch, checks and autograd, on inputs of a few numbers that require gradients; medians.",
         ]
         parts.append(overhead_table(overhead))
