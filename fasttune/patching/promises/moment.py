@@ -91,8 +91,11 @@ def _version(tensor: Tensor) -> int:
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float32)
+    """Every n-th value; a view where that is possible, for this is done for each weight of each layer of a step."""
+    tensor = tensor if tensor.is_contiguous() else tensor.contiguous()
+    step = max(1, tensor.numel() // _SAMPLES)
+    samples = tensor.as_strided((-(-tensor.numel() // step),), (step,))
+    return samples if samples.dtype is torch.float32 else samples.to(torch.float32)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

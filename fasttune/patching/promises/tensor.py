@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from fasttune.patching.promises.source import MappedRows, RowSource, Shelf, on
 
@@ -246,9 +245,6 @@ class _Promise(torch.autograd.Function):
         ctx.view = None
         if len(leaves) == 1 and isinstance(leaves[0], PromisedRows):
             ctx.view = leaves[0].state
-            ctx.leaves = None
-        else:
-            ctx.leaves = [TensorWeakRef(leaf) for leaf in leaves]
         return _wrapper(state)
 
     @staticmethod
@@ -259,16 +255,12 @@ class _Promise(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if ctx.view is not None:
             return None, _of_parent(state, ctx.view, grad)
-        leaves = [leaf() for leaf in ctx.leaves]
-        if any(leaf is None for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True) if need):
-            raise RuntimeError(
-                "fasttune: the tensors that these promised values depend on are gone; read them earlier."
-            )
+        leaves = state.source.leaves
         # A weight that several layers share gets its gradient once, one that was frozen meanwhile none, as in stock.
         wanted = {
             id(leaf): leaf
             for leaf, need in zip(leaves, ctx.needs_input_grad[1:], strict=True)
-            if need and leaf is not None and leaf.requires_grad
+            if need and leaf.requires_grad
         }
         if not wanted:
             return (None,) * len(ctx.needs_input_grad)
