@@ -2,6 +2,8 @@
 #
 #   make demo       two fine-tunings, stock and patched, side by side (examples/demo.py)
 #   make test       linters, types and the test-suite
+#   make slow       the tests that take minutes each
+#   make triton     the Triton kernels, compiled for every GPU and run in its interpreter
 #   make cuda-host  the CUDA kernels, run on the host: against float64, under sanitizers, with seeded bugs
 #   make cuda-build the CUDA kernels, as nvcc builds them, against their budgets
 #   make seeded-bugs  the tests of the operations, each against a C++ kernel with a bug that it has to see
@@ -35,11 +37,11 @@ COSMIC_RAY := cosmic-ray==8.7.0
 MUTANTS ?=
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 
-.PHONY: help demo test lint cuda-host cuda-build seeded-bugs mutants sanitize gpu-report triton36 package bench build clean
+.PHONY: help demo test slow triton lint cuda-host cuda-build seeded-bugs mutants sanitize gpu-report triton36 package bench build clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,14s/^# *//p' Makefile
+	@sed -n '3,16s/^# *//p' Makefile
 
 $(BIN)/python:
 	@echo "== creating $(VENV) with $(PYTHON)"
@@ -66,14 +68,22 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
+# What the other targets test, and what takes minutes, is not in `make test`.
+SUITE := $(PYTEST) $(foreach folder,packaging kernels compiled cuda_host cuda_build seeded_bugs,--ignore=tests/$(folder))
+
 test: $(VENV)/.installed-dev build lint
 	@echo "== testing"
-	$(PYTEST) --ignore=tests/packaging --ignore=tests/kernels --ignore=tests/compiled \
-	  --ignore=tests/cuda_host --ignore=tests/cuda_build --ignore=tests/seeded_bugs
-	@if [ -d tests/compiled ]; then echo "== compiling the Triton kernels for GPUs that need not be here"; \
-	  $(PYTEST) tests/compiled; fi
-	@if [ -d tests/kernels ]; then echo "== testing the Triton kernels in its interpreter"; \
-	  TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/ops; fi
+	$(SUITE) -m "not slow"
+
+slow: $(VENV)/.installed-dev build
+	@echo "== testing what takes minutes: the demo, a rehearsal of the check on a GPU, torch.compile, the benchmarks"
+	$(SUITE) -m slow
+
+triton: $(VENV)/.installed-dev build
+	@echo "== compiling the Triton kernels for GPUs that need not be here"
+	$(PYTEST) tests/compiled
+	@echo "== testing the Triton kernels in its interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/ops
 
 cuda-host: $(VENV)/.installed-dev
 	@echo "== running the CUDA kernels on the host"

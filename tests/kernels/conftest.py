@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 pytest tests/kernels tests/ops
 
-`make test` does that after the other tests; without the variable nothing here is collected. What a kernel computes is
+`make triton` does that; without the variable nothing here is collected. What a kernel computes is
 tested in tests/ops, as that of every backend; here are bytes, tiles, bad indices as on a GPU, and whole models.
 """
 
