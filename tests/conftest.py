@@ -45,6 +45,23 @@ def isa(request):
     _cpp.library.select_isa(before)
 
 
+@pytest.fixture
+def quiet():
+    """Transformers is chatty about tiny models."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small gain nothing from a second thread, and lose much on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers():
     """What a test draws does not depend on the tests before it in the same process."""

@@ -19,20 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "patching"))
 transformers = pytest.importorskip("transformers")
 from models import batch_of, build  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny steps: two threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("quiet", "one_thread")
 
 
 def classifier(**changes):

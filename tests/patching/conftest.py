@@ -1,11 +1,10 @@
-"""Transformers is chatty about tiny models."""
+"""Nothing here runs without Transformers."""
 
 import pytest
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+def always(quiet):
+    """In every test of this folder."""

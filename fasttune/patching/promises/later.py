@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttune.patching.promises.on_demand import OnDemand
 
-class Later(Tensor):
+
+class Later(OnDemand):
     """function() of a known shape, dtype and device."""
 
     function: Callable[[], Tensor]
@@ -42,15 +44,6 @@ class Later(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*_ready(args), **_ready(kwargs or {}))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(self.materialize())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.materialize().detach().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().detach().__reduce_ex__(protocol)
 
 
 def _alone(tensors: Any) -> Later | None:

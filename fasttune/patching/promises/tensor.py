@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fasttune.patching.promises.on_demand import OnDemand
 from fasttune.patching.promises.source import MappedRows, RowSource, Shelf, on
 
 WRITTEN = (
@@ -126,7 +127,7 @@ class State:
             return rows.index_select(0, on(places, rows.device))
 
 
-class PromisedRows(Tensor):
+class PromisedRows(OnDemand):
     """See the top of this file. Make one with `PromisedRows.of(source, lead)`."""
 
     state: State
@@ -217,15 +218,6 @@ class PromisedRows(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached from below Python alone, and below autograd: gradients go through the tensor's own node.
         return func(*_values(args), **_values(kwargs or {}))
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(self.materialize())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.materialize().detach().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().detach().__reduce_ex__(protocol)
 
     handlers: ClassVar[dict[Any, Callable[..., Any]]] = {}
     metadata: ClassVar[set[Any]] = {
