@@ -75,8 +75,10 @@ def test_shapes_dtypes_and_devices_are_no_reads():
     wide = mask[..., None].expand_as(hidden).type_as(hidden)
     assert wide.shape == hidden.shape
     assert wide.dtype == hidden.dtype
-    for made in (torch.zeros_like(hidden), torch.ones_like(hidden, dtype=torch.float64), torch.rand_like(hidden)):
+    assert torch.ones_like(hidden, dtype=torch.float64).dtype == torch.float64
+    for made in (torch.zeros_like(hidden), torch.rand_like(hidden)):
         assert type(made) is torch.Tensor
+        assert made.dtype == hidden.dtype
         assert made.shape == hidden.shape
         assert made.is_contiguous()
     assert hidden.new_zeros(3).dtype == hidden.dtype
