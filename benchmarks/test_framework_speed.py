@@ -1,0 +1,18 @@
+"""Training steps and inference inside of sentence-transformers, TRL, Trainer's label smoothing, encoder-decoders."""
+
+import pytest
+
+pytest.importorskip("sentence_transformers")
+pytest.importorskip("trl")
+
+import framework_workloads
+from pairs import race
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("name", framework_workloads.workloads(metafunc.config.getoption("--quick")))
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12.0")
+def test_framework(name, benchmark, quick, budget):
+    race(benchmark, framework_workloads.workloads(quick)[name](), budget)
