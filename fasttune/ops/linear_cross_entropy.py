@@ -10,7 +10,6 @@ Source: the chunking is that of Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,78 +18,12 @@ from torch import Tensor
 from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import autocasts, check_device, check_floating, check_number, check_shape, describe
 from fasttune.ops._indices import check_range
+from fasttune.ops._linear_chunks import empty_gradients, gradient_dtype, rows_that_count, run_chunks
 from fasttune.ops._operator import Operator, must_be_traced
 from fasttune.ops._reference.cross_entropy import linear_cross_entropy as linear_cross_entropy_reference
 from fasttune.ops.cross_entropy import MEAN, NONE, REDUCTIONS, SUM, as_float32, check_loss_arguments, divide
 
-# Shape legend: N rows, of which M count; C input features; V classes; n rows of a chunk.
-# input, dinput (N, C); weight, dweight (V, C); bias, dbias, class weight (V,); target (N,); a chunk's logits (n, V).
-
-# One chunk of logits, with the partial sums of the bias gradient, stays below this; the other scratch takes a few MB.
-CHUNK_BYTES = 50 * 2**20
-# A matrix product is as fast with this many rows as with all of them, and a smaller chunk stays closer to the caches.
-ENOUGH_ROWS, ENOUGH_BYTES = 256, 16 * 2**20
-# Weights in another dtype than the products' are converted a block of classes at a time.
-WEIGHT_BLOCK_BYTES = 8 * 2**20
-# float32 logits are computed so many classes at a time: the vendor's product of 256 rows with a whole vocabulary ran at
-# 63 GFLOP/s, in such blocks at 110 (two threads, AVX2, 50257 x 768; 448 to 768 classes are alike, 2048 already slow).
-LOGITS_BLOCK_CLASSES = 512
-
-
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matrix products for inputs of `dtype`.
-
-    bfloat16 where the processor multiplies it natively. Elsewhere float32, of which bfloat16 and float16 are subsets:
-    without native support torch's products took 3 to 10 times as long as in float32 (AVX-512 without bf16).
-    """
-    if dtype == torch.bfloat16 and _native_bfloat16():
-        return torch.bfloat16
-    return torch.float32
-
-
-def _native_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def chunk_rows(rows: int, classes: int, item_bytes: float) -> int:
-    """Rows per chunk, so that chunks are equal and fit the budget."""
-    row_bytes = max(1, classes) * item_bytes
-    most = max(1, int(min(CHUNK_BYTES, max(ENOUGH_BYTES, ENOUGH_ROWS * row_bytes)) / row_bytes))
-    chunks = -(-rows // most)
-    return max(1, -(-rows // max(chunks, 1)))
-
-
-def _bias_group() -> int:
-    return int(_cpp.library.bias_group)
-
-
-def _weight_blocks(weight: Tensor, dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Tensor]]:
-    """(classes, weight of these classes in `dtype`) of `most` classes at a time, fewer where they are converted."""
-    classes, features = weight.shape
-    convert = weight.dtype != dtype
-    if convert:
-        most = min(most, max(1, WEIGHT_BLOCK_BYTES // max(1, features * dtype.itemsize)))
-    scratch = torch.empty((min(most, classes), features), dtype=dtype) if convert else weight
-    for begin in range(0, classes, most):
-        block = weight[begin : begin + most]
-        yield slice(begin, begin + block.shape[0]), scratch[: block.shape[0]].copy_(block) if convert else block
-
-
-def _add_weight_gradient(dweight: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
-    """dweight (float32) += dlogits.T @ x, or = for the first chunk, which saves clearing it."""
-    if dlogits.dtype == torch.float32:
-        if first:
-            torch.mm(dlogits.t(), x, out=dweight)
-        else:
-            torch.addmm(dweight, dlogits.t(), x, out=dweight)
-        return
-    size = max(1, WEIGHT_BLOCK_BYTES // max(1, x.shape[1] * x.dtype.itemsize))
-    for begin in range(0, dweight.shape[0], size):
-        product, block = torch.mm(dlogits[:, begin : begin + size].t(), x), dweight[begin : begin + size]
-        if first:
-            block.copy_(product)
-        else:
-            block.add_(product)
+# Shape legend: as in _linear_chunks.py; class weight (V,); target (N,).
 
 
 def _run_chunks(
@@ -113,73 +46,34 @@ def _run_chunks(
 
     The gradients are those of the sum of scale * row_scale * loss over the rows.
     """
-    rows, classes, kept = target.shape[0], weight.shape[0], None
-    if _cpp.library.label_weight_sum(target.data_ptr(), rows, 0, ignore_index) < rows:
-        kept = (target != ignore_index).nonzero().squeeze(1)
-        rows = kept.shape[0]
-    for result in (dinput, losses):
-        if result is not None and kept is not None:
-            result.zero_()
-    for result in (dweight, dbias):
-        if result is not None and (rows == 0 or result is dbias):
-            result.zero_()
-    dtype = product_dtype(input.dtype)
-    if dtype == torch.bfloat16 and weight.dtype != dtype:
-        weight = weight.to(dtype)  # as autocast does; sums over blocks of classes would be rounded to bfloat16
+    kept = rows_that_count(target, ignore_index)
+    if losses is not None and kept is not None:
+        losses.zero_()
     want_gradient = dinput is not None or dweight is not None or dbias is not None
-    most = chunk_rows(rows, classes, dtype.itemsize + (0.0 if dbias is None else 4 / _bias_group()))
-    logits_block = LOGITS_BLOCK_CLASSES if dtype == torch.float32 else max(classes, 1)
-    buffer = _cpp.empty_large((most, classes), dtype)
-    loss = torch.empty(most, dtype=torch.float32)
-    groups = -(-most // _bias_group())
-    partial = None if dbias is None else torch.empty((groups, classes), dtype=torch.float32)
     loss_sum = 0.0
-    for begin in range(0, rows, most):
-        n = min(most, rows - begin)
-        select: slice | Tensor = slice(begin, begin + n) if kept is None else kept[begin : begin + n]
-        x, labels, logits = input[select].to(dtype), target[select], buffer[:n]
+
+    def run_rows(select: slice | Tensor, logits: Tensor, partial: Tensor | None) -> None:
+        nonlocal loss_sum
+        (n, classes), labels = logits.shape, target[select]
         scales = None if row_scale is None else row_scale[select]
-        for block, block_weight in _weight_blocks(weight, dtype, logits_block):
-            torch.mm(x, block_weight.t(), out=logits[:, block])
+        loss = torch.empty(n, dtype=torch.float32)
         gradient = logits.data_ptr() if want_gradient else 0
         loss_sum += _cpp.library.cross_entropy(
-            *(_cpp.DTYPE_CODES[dtype], n, classes, logits.data_ptr(), classes, _cpp.address(bias), labels.data_ptr()),
-            *(_cpp.address(class_weight), ignore_index, label_smoothing, loss.data_ptr(), 0, gradient, classes),
-            *(_cpp.address(scales), 1, scale, _cpp.address(partial)),
+            *(_cpp.DTYPE_CODES[logits.dtype], n, classes, logits.data_ptr(), classes, _cpp.address(bias)),
+            *(labels.data_ptr(), _cpp.address(class_weight), ignore_index, label_smoothing, loss.data_ptr(), 0),
+            *(gradient, classes, _cpp.address(scales), 1, scale, _cpp.address(partial)),
         )
         if losses is not None:
-            losses[select] = loss[:n]
-        if dinput is not None:
-            straight = kept is None and dinput.dtype == dtype
-            dx = dinput[select] if straight else torch.empty((n, input.shape[1]), dtype=dtype)
-            for block, block_weight in _weight_blocks(weight, dtype, max(classes, 1)):
-                if block.start == 0:
-                    torch.mm(logits[:, block], block_weight, out=dx)
-                else:
-                    torch.addmm(dx, logits[:, block], block_weight, out=dx)
-            if not straight:
-                dinput[select] = dx.to(dinput.dtype)
-        if dweight is not None:
-            _add_weight_gradient(dweight, logits, x, begin == 0)
-        if dbias is not None and partial is not None:
-            _cpp.library.sum_rows(partial.data_ptr(), dbias.data_ptr(), -(-n // _bias_group()), classes)
+            losses[select] = loss
+
+    run_chunks(
+        *(input, weight, kept, run_rows),
+        bias_sums=dbias is not None,
+        dinput=dinput,
+        dweight=dweight,
+        dbias=dbias,
+    )
     return loss_sum
-
-
-def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient waits for its upstream factor in: that factor may be what keeps float16 from underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _empty_gradients(
-    input: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
-) -> list[Tensor | None]:
-    """What _run_chunks fills, None where nobody asks: dinput, dweight, dbias."""
-    return [
-        torch.empty(input.shape, dtype=_gradient_dtype(input.dtype)) if needs[0] else None,
-        _cpp.empty_large(weight.shape, torch.float32) if needs[1] else None,
-        torch.empty(weight.shape[:1], dtype=torch.float32) if needs[2] else None,
-    ]
 
 
 def _cpp_linear_cross_entropy(
@@ -209,14 +103,14 @@ def _cpp_linear_cross_entropy(
         divisor = _cpp.library.label_weight_sum(target.data_ptr(), rows, _cpp.address(class_weight), ignore_index)
     elif normalizer is not None:
         divisor = float(normalizer)
-    gradients = _empty_gradients(input, weight, bias, (needs_input, needs_weight, needs_bias))
+    gradients = empty_gradients(input, weight, bias, (needs_input, needs_weight, needs_bias))
     dinput, dweight, dbias = gradients
     loss_sum = _run_chunks(*options, scale=divide(1.0, divisor), dinput=dinput, dweight=dweight, dbias=dbias)
     loss = torch.scalar_tensor(divide(loss_sum, divisor), dtype=torch.float32)
     for i, like in ((1, weight), (2, bias)):
         gradient = gradients[i]
         if gradient is not None and like is not None:
-            gradients[i] = gradient.to(_gradient_dtype(like.dtype))
+            gradients[i] = gradient.to(gradient_dtype(like.dtype))
     first, second, third = (torch.empty(0) if gradient is None else gradient for gradient in gradients)
     return loss, first, second, third
 
@@ -238,7 +132,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = input.new_empty(target.shape if reduction == NONE else (), dtype=torch.float32)
     gradients = [
-        like.new_empty(like.shape, dtype=_gradient_dtype(like.dtype))
+        like.new_empty(like.shape, dtype=gradient_dtype(like.dtype))
         if needed and like is not None and reduction != NONE
         else input.new_empty(0, dtype=torch.float32)
         for needed, like in ((needs_input, input), (needs_weight, weight), (needs_bias, bias))
@@ -326,7 +220,7 @@ def _cpp_backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dinput, dweight, dbias = _empty_gradients(input, weight, bias, (needs_input, needs_weight, needs_bias))
+    dinput, dweight, dbias = empty_gradients(input, weight, bias, (needs_input, needs_weight, needs_bias))
     _run_chunks(
         *(
             input,

@@ -4,7 +4,6 @@ Sizes come from the kernels' constants (tests/blocks.py): two or three whole blo
 stay below some of them, and a kernel that forgets each block's last row passes there.
 """
 
-import sys
 from functools import partial
 
 import pytest
@@ -15,6 +14,7 @@ from fused import FUSED, INTERPRETED, cpp_only, either, reference_only, triton_o
 from oracle import SWEEP_SLACK, assert_same_math, run
 
 from fasttune import ops
+from fasttune.ops._linear_chunks import chunk_rows
 
 # The generator's block of columns, to which the norms and dropout cut their rows, on every backend.
 DROPOUT_BLOCK = cpp("simd/philox.inc", "kDropoutBlock")
@@ -198,10 +198,9 @@ def check_linear_cross_entropy(backend):
     classes, features = CLASSES[-1], 24
     rows = ROWS
     if not INTERPRETED:  # three chunks of the real size: some 16 MB of logits each
-        chunk = sys.modules["fasttune.ops.linear_cross_entropy"].chunk_rows
-        most = chunk(10**6, classes, 4 + 4 / cpp("cross_entropy.h", "kBiasGroup"))
+        most = chunk_rows(10**6, classes, 4 + 4 / cpp("cross_entropy.h", "kBiasGroup"))
         rows = 2 * most + 3
-        assert rows > 2 * chunk(rows, classes, 4 + 4 / cpp("cross_entropy.h", "kBiasGroup"))
+        assert rows > 2 * chunk_rows(rows, classes, 4 + 4 / cpp("cross_entropy.h", "kBiasGroup"))
     target, _ = labels_and_logits(rows, classes)
     target[::7] = -100
     inputs = [torch.randn(rows, features), torch.randn(classes, features) / features**0.5, torch.randn(classes)]
