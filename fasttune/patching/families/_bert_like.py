@@ -23,7 +23,6 @@ from fasttune.patching.layers.attention import (
     fills,
     fresh_cache,
     into_cache,
-    into_cross_cache,
     layout_for_attention,
 )
 from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
@@ -146,8 +145,14 @@ class PromisedLayer(Patched):
             if promised is not None:
                 return promised
             attention_mask = mask_for_stock(hidden_states, attention_mask, attention, kwargs)
-        args = hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
-        out: Tensor = super().forward(*ordinary(*args), **kwargs)
+        if not isinstance(getattr(getattr(self, "crossattention", None), "self", None), CrossAttention):
+            (encoder_hidden_states,) = ordinary(encoder_hidden_states)
+        hidden_states, attention_mask, encoder_attention_mask = ordinary(
+            hidden_states, attention_mask, encoder_attention_mask
+        )
+        out: Tensor = super().forward(
+            hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+        )
         return out
 
 
@@ -184,19 +189,19 @@ class CrossAttention(Patched):
     ) -> Any:
         if fills(past_key_values, self.layer_idx) and encoder_hidden_states is not None and hidden_states.dim() == 3:
             heads = (-1, self.attention_head_size)
-            key, value = (f(encoder_hidden_states).unflatten(-1, heads) for f in (self.key, self.value))
             out = across(
                 self,
                 self.query(hidden_states).unflatten(-1, heads),
-                key,
-                value,
+                encoder_hidden_states,
+                lambda states: (self.key(states).unflatten(-1, heads), self.value(states).unflatten(-1, heads)),
+                past_key_values,
                 attention_mask,
+                rowwise=all(why_unknown(part, nn.Linear) is None for part in (self.key, self.value)),
                 scale=self.scaling,
                 dropout_p=self.dropout.p if self.training else 0.0,
                 arguments=kwargs,
             )
             if out is not None:
-                into_cross_cache(past_key_values, key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
                 return out.flatten(2), None
         return super().forward(hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.gpt2 import modeling_gpt2 as stock
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from fasttune import ops
@@ -21,7 +22,6 @@ from fasttune.patching.layers.attention import (
     fills,
     fresh_cache,
     into_cache,
-    into_cross_cache,
     layout_for_attention,
 )
 from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
@@ -35,7 +35,7 @@ from fasttune.patching.layers.leaves import (
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.tied import lookup_view
 from fasttune.patching.padding.layout import Layout
-from fasttune.patching.premises.known import HARMLESS, stock_class, why_replaced, why_watched
+from fasttune.patching.premises.known import HARMLESS, stock_class, why_replaced, why_unknown, why_watched
 from fasttune.patching.promises.later import Later
 from fasttune.patching.promises.tensor import PromisedRows
 
@@ -163,9 +163,11 @@ class GPT2Block(Patched, stock.GPT2Block):
                     _fill(past_key_values, self.attn.layer_idx, promised)
                 return promised
         attention_mask = mask_for_stock(hidden_states, attention_mask, self.attn, kwargs)
-        hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask = ordinary(
-            hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask
+        hidden_states, attention_mask, encoder_attention_mask = ordinary(
+            hidden_states, attention_mask, encoder_attention_mask
         )
+        if not isinstance(getattr(self, "crossattention", None), GPT2Attention):
+            (encoder_hidden_states,) = ordinary(encoder_hidden_states)
         out: Tensor = stock.GPT2Block.forward(
             self,
             hidden_states,
@@ -270,13 +272,24 @@ class GPT2Attention(Patched, stock.GPT2Attention):
         heads = (-1, self.head_dim)
         crosses = encoder_hidden_states is not None and self.is_cross_attention
         if crosses and fills(past_key_values, self.layer_idx):
-            parts = self.c_attn(encoder_hidden_states).split(self.split_size, 2)
-            key, value = (part.unflatten(-1, heads) for part in parts)
-            query = self.q_attn(hidden_states).unflatten(-1, heads)
-            options: dict[str, Any] = {"scale": self.scaling, "dropout_p": p, "arguments": others}
-            crossed = across(self, query, key, value, encoder_attention_mask, **options)
+
+            def project(states: Tensor) -> tuple[Tensor, Tensor]:
+                key, value = self.c_attn(states).split(self.split_size, -1)
+                return key.unflatten(-1, heads), value.unflatten(-1, heads)
+
+            crossed = across(
+                self,
+                self.q_attn(hidden_states).unflatten(-1, heads),
+                encoder_hidden_states,  # type: ignore[arg-type]
+                project,
+                past_key_values,
+                encoder_attention_mask,
+                rowwise=why_unknown(self.c_attn, Conv1D) is None,
+                scale=self.scaling,
+                dropout_p=p,
+                arguments=others,
+            )
             if crossed is not None:
-                into_cross_cache(past_key_values, key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
                 return self.resid_dropout(self.c_proj(crossed.flatten(2))), None
         upcast = self.reorder_and_upcast_attn and self.config._attn_implementation == "eager"
         if fresh and not upcast and hidden_states.dim() == 3 and 0 not in hidden_states.shape:

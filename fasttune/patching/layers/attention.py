@@ -6,7 +6,7 @@ Shape legend: query, key, value (B, S, H, D), any strides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from transformers.cache_utils import DynamicLayer
 from fasttune import ops
 from fasttune.ops.attention import MAX_HEAD_DIM
 from fasttune.ops.packing import PackedBatch
-from fasttune.patching.layers.entry import ATTENTIONS, NEUTRAL, UNREAD, attentions_wanted, layout_of_call
+from fasttune.patching.layers.entry import ATTENTIONS, NEUTRAL, UNREAD, attentions_wanted, layout_of_call, source_of
 from fasttune.patching.layers.frozen import Unknown
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.marks import reading_waits, runs_fused, unusual
 from fasttune.patching.padding.layout import Layout
+from fasttune.patching.promises.later import Later
 from fasttune.patching.promises.source import on
+from fasttune.patching.promises.tensor import PromisedRows, materialized
 
 
 def layout_for_attention(
@@ -103,19 +105,22 @@ def keys_given(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
 def across(
     module: Patched,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    states: Tensor,
+    project: Callable[[Tensor], tuple[Tensor, Tensor]],
+    cache: Any,
     mask: Tensor | None,
     *,
+    rowwise: bool,
     scale: float,
     dropout_p: float,
     arguments: Mapping[str, Any],
 ) -> Tensor | None:
-    """Cross-attention: query (B, Q, H, D) over key and value (B, K, H, D) under a mask (B, 1, Q, K); None where stock's
-    has to run."""
+    """Cross-attention: query (B, Q, H, D) over encoder states (B, K, E) under a mask (B, 1, Q, K); None where stock's
+    has to run. project: (..., E) to key and value (..., H, D); rowwise: whether it may be given the real rows alone.
+    A cache that is empty is filled."""
     patch = module._fasttune
     implementation = module.config._attn_implementation
-    if torch.compiler.is_compiling() or unusual() or 0 in query.shape or 0 in key.shape:
+    if torch.compiler.is_compiling() or unusual() or 0 in query.shape or 0 in states.shape:
         return None
     try:
         if implementation not in ATTENTIONS or attentions_wanted() or query.shape[-1] > MAX_HEAD_DIM:
@@ -125,7 +130,7 @@ def across(
             raise Unknown(f"{', '.join(sorted(others - NEUTRAL))} given")
         if not runs_fused("attention_chosen_queries", query.device.type, query.dtype, patch.backend):
             raise Unknown(f"no fused kernel for {str(query.dtype).removeprefix('torch.')} on {query.device.type}")
-        real = keys_given(mask, query.shape[1], key.shape[1])
+        real = keys_given(mask, query.shape[1], states.shape[1])
         if real is not None and real.shape[0] != query.shape[0]:
             real = real.expand(query.shape[0], -1)
         if real is not None and implementation == "eager" and not bool(real.any(1).all()):
@@ -135,14 +140,20 @@ def across(
         return None
     patch.note()
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "backend": patch.backend}
-    if real is None:
-        return ops.attention(query, key, value, **options)
-    packed = PackedBatch.from_mask(real)
+    packed = None if real is None else PackedBatch.from_mask(real)
+    if packed is not None and rowwise and (cache is None or torch.is_grad_enabled()):
+        key, value = _real_keys(module, states, project, real, cache)
+    else:
+        key, value = project(states)
+        into_cross_cache(cache, key.transpose(1, 2), value.transpose(1, 2), module.layer_idx)
+        if packed is None:
+            return ops.attention(query, key, value, **options)
+        key, value = (ops.pack(x, packed)[0] for x in (key, value))
     sequences, queries = query.shape[:2]
     out = ops.attention(
         query.flatten(0, 1),
-        ops.pack(key, packed)[0],
-        ops.pack(value, packed)[0],
+        key,
+        value,
         cu_seqlens=packed.cu_seqlens,
         max_seqlen=packed.max_seqlen,
         cu_seqlens_q=torch.arange(sequences + 1, dtype=torch.int32, device=query.device) * queries,
@@ -150,6 +161,33 @@ def across(
         **options,
     )
     return out.unflatten(0, (sequences, queries))
+
+
+def _real_keys(
+    module: Patched, states: Any, project: Callable[[Tensor], tuple[Tensor, Tensor]], real: Any, cache: Any
+) -> tuple[Tensor, Tensor]:
+    """Key and value (T, H, D) of the real rows among (B, K, E). What a cache gets is computed when somebody looks."""
+    promised = PromisedRows.of(source_of(states), states.shape[:2])
+    heads: list[int] = []
+
+    def both(rows: Tensor, ids: Tensor | None) -> Tensor:
+        key, value = project(rows)
+        heads[:] = key.shape[-2:]
+        return torch.cat((key.flatten(-2), value.flatten(-2)), -1)
+
+    with torch.no_grad():
+        width = both(torch.empty(0, states.shape[-1], dtype=states.dtype, device=states.device), None).shape[-1]
+    rows = promised.mapped(both, tuple(module.parameters()), width)
+
+    def part(number: int) -> Callable[[], Tensor]:
+        return lambda: rows.materialize().chunk(2, -1)[number].unflatten(-1, heads).transpose(1, 2)
+
+    if cache is not None:
+        shape = (states.shape[0], heads[0], states.shape[1], heads[1])
+        key, value = (Later.of(part(number), shape, rows.dtype, rows.device) for number in (0, 1))
+        into_cross_cache(cache, key, value, module.layer_idx)
+    key, value = materialized(rows[real]).chunk(2, -1)
+    return key.unflatten(-1, heads), value.unflatten(-1, heads)
 
 
 def fresh_cache(cache: Any, layer_idx: int | None) -> bool:
