@@ -55,6 +55,11 @@ def _tied(weight: Tensor, backend: str | None = None) -> Tensor:
     return ops.embedding(IDS.to(weight.device), lookup, sparse_grad=True, backend=backend) @ head.T
 
 
+def _log_probs(x: Tensor, weight: Tensor, bias: Tensor, **options: object) -> Tensor:
+    found = ops.linear_log_prob(x, weight, LABELS.to(x.device), linear_bias=bias, scale=0.5, **options)
+    return found.log_prob + found.logsumexp + found.entropy + found.mean_logit
+
+
 _ROWS, _PARAMETER, _HEADS = (4, 20), (20,), (2, 3, 2, 16)
 
 CALLS = {
@@ -89,6 +94,7 @@ CALLS = {
         lambda x, w, b, **o: ops.linear_cross_entropy(x, w, LABELS.to(x.device), linear_bias=b, reduction="none", **o),
         (_ROWS, (7, 20), (7,)),
     ),
+    "linear_log_prob": Call(_log_probs, (_ROWS, (7, 20), (7,))),
     "embedding": Call(lambda w, **o: ops.embedding(IDS.to(w.device), w, **o), ((5, 16),), linear=True),
     "embedding, sparse": Call(
         lambda w, **o: ops.embedding(IDS.to(w.device), w, sparse_grad=True, **o), ((5, 16),), linear=True

@@ -13,6 +13,7 @@ from fasttune import nn, ops
 PACKAGE = Path(fasttune.__file__).parent
 
 OPS = {
+    "LinearLogProb",
     "PackedBatch",
     "attention",
     "attention_packed_qkv",
@@ -26,6 +27,7 @@ OPS = {
     "layer_norm",
     "layer_norm_gelu",
     "linear_cross_entropy",
+    "linear_log_prob",
     "pack",
     "unpack",
 }

@@ -63,6 +63,26 @@ def check_parameter(operation: str, name: str, tensor: torch.Tensor | None, size
         raise TypeError(f"{operation}: {name} is {describe(tensor)}; expected {x.dtype} like x, or float32.")
 
 
+def check_linear(operation: str, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """input (..., C), linear_weight (V, C) and linear_bias (V,) or None of a linear layer with V classes."""
+    check_floating(operation, "input", input)
+    check_floating(operation, "linear_weight", weight)
+    if input.dim() == 0 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{operation}: input is {describe(input)} and linear_weight is {describe(weight)};"
+            " expected shapes (..., C) and (V, C)."
+        )
+    check_device(operation, "linear_weight", weight, input.device, "input")
+    if bias is not None:
+        check_floating(operation, "linear_bias", bias)
+        check_shape(operation, "linear_bias", bias, weight.shape[:1], "one per class")
+        check_device(operation, "linear_bias", bias, input.device, "input")
+    for name, parameter in (("linear_weight", weight), ("linear_bias", bias)):
+        if parameter is None or parameter.dtype in (input.dtype, torch.float32) or autocasts(input.device):
+            continue
+        raise TypeError(f"{operation}: {name} is {describe(parameter)}; expected {input.dtype} like input, or float32.")
+
+
 def check_columns(operation: str, x: torch.Tensor) -> None:
     """x (..., columns)."""
     check_floating(operation, "x", x)

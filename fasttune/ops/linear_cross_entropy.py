@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
-from fasttune.ops._checks import autocasts, check_device, check_floating, check_number, check_shape, describe
+from fasttune.ops._checks import autocasts, check_linear, check_number, describe
 from fasttune.ops._indices import check_range
 from fasttune.ops._linear_chunks import empty_gradients, gradient_dtype, rows_that_count, run_chunks
 from fasttune.ops._operator import Operator, must_be_traced
@@ -367,24 +367,8 @@ def _check(
     ignore_index: int,
 ) -> None:
     name = "linear_cross_entropy"
-    check_floating(name, "input", input)
-    check_floating(name, "linear_weight", linear_weight)
-    if input.dim() == 0 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
-        raise ValueError(
-            f"{name}: input is {describe(input)} and linear_weight is {describe(linear_weight)};"
-            " expected shapes (..., C) and (V, C)."
-        )
+    check_linear(name, input, linear_weight, linear_bias)
     device, classes = input.device, linear_weight.shape[0]
-    check_device(name, "linear_weight", linear_weight, device, "input")
-    if linear_bias is not None:
-        check_floating(name, "linear_bias", linear_bias)
-        check_shape(name, "linear_bias", linear_bias, (classes,), "one per class")
-        check_device(name, "linear_bias", linear_bias, device, "input")
-    for what, parameter in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if parameter is not None and parameter.dtype != input.dtype and parameter.dtype != torch.float32:
-            if autocasts(device):
-                continue
-            raise TypeError(f"{name}: {what} is {describe(parameter)}; expected {input.dtype} like input, or float32.")
     check_loss_arguments(
         name, target, input.shape[:-1], classes, device, weight, label_smoothing, reduction, ignore_index
     )

@@ -214,6 +214,31 @@ def check_linear_cross_entropy(backend):
     assert_same_math(fused, stock, inputs, ["input", "weight", "bias"], SWEEP_SLACK)
 
 
+def check_linear_log_prob(backend):
+    """Its row kernels walk the classes as those of cross_entropy do."""
+    block = either(cpp("log_prob.cpp", "kBlock"), 2048)
+    for classes in either((3 * block + 55, 2 * block + 43), (2 * block + 5,)):
+        target, logits = labels_and_logits(ROWS, classes)
+        bias, counted = torch.randn(classes), target != -100
+
+        def fused(logits, bias, target=target):
+            eye = torch.eye(ROWS, dtype=logits.dtype)  # rows of logits are columns of the weight
+            found = ops.linear_log_prob(eye, logits.t(), target, linear_bias=bias, scale=0.8, backend=backend)
+            return torch.stack([result.to(logits.dtype) for result in found])
+
+        def stock(logits, bias, target=target, counted=counted):
+            logits = (logits + bias) * 0.8
+            log_p = torch.log_softmax(logits, -1)
+            log_prob = log_p.gather(-1, target.where(counted, 0)[:, None])[:, 0]
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            top1 = logits.argmax(-1).to(logits.dtype)
+            return torch.stack((log_prob, logits.logsumexp(-1), entropy, logits.mean(-1), top1)).where(counted, 0.0)
+
+        for result in range(5):
+            sides = (lambda *x, f=f, result=result: f(*x)[result] + 0 * f(*x)[0] for f in (fused, stock))
+            assert_same_math(*sides, [logits, bias], ["logits", "bias"], SWEEP_SLACK)
+
+
 def sdpa(causal):
     def function(query, key, value):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -286,6 +311,7 @@ CHECKS = {
     "embedding columns": check_embedding_columns,
     "cross_entropy": check_cross_entropy,
     "linear_cross_entropy": check_linear_cross_entropy,
+    "linear_log_prob": check_linear_log_prob,
     "attention": check_attention,
     "packed attention": check_packed_attention,
 }

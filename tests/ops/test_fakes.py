@@ -19,6 +19,7 @@ def operators():
     library = torch.ops.fasttune
     norm = (dout, residual, x, weight, bias, statistics, None, seed, 0.2, torch.bfloat16)
     linear = (x, classes, target, class_bias, None)
+    log_prob = (x, classes, target, class_bias, torch.rand(ROWS, 3), 0.5, -100)
     packed = [torch.randn(2, 7, 3, 16) for _ in range(3)]
     out, lse = library.attention(*packed, None, None, None, False, 0.25, 0.0, FUSED)
     attention = (torch.randn(2, 7, 3, 16), *packed, out, lse, None, None, False, 0.25, 0.0)
@@ -29,13 +30,14 @@ def operators():
         "gelu_layer_norm_backward": ((dout, x, weight, bias, statistics, False), 3),
         "linear_cross_entropy": ((*linear, None, 1.0, -100, 0.0, 1), 3),
         "linear_cross_entropy_backward": ((torch.rand(ROWS), *linear, -100, 0.0), 3),
+        "linear_log_prob_backward": ((torch.rand(ROWS), None, torch.rand(ROWS), None, *log_prob), 3),
         "attention_backward": (attention, 3),
     }
 
 
 NAMES = (
     *("bias_gelu_backward", "layer_norm_backward", "layer_norm_gelu_backward", "gelu_layer_norm_backward"),
-    *("linear_cross_entropy", "linear_cross_entropy_backward", "attention_backward"),
+    *("linear_cross_entropy", "linear_cross_entropy_backward", "linear_log_prob_backward", "attention_backward"),
 )
 
 

@@ -55,4 +55,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_gelu(module);
   bind_indices(module);
   bind_layer_norm(module);
+  bind_log_prob(module);
 }
