@@ -95,6 +95,9 @@ CALLS = {
         (_ROWS, (7, 20), (7,)),
     ),
     "linear_log_prob": Call(_log_probs, (_ROWS, (7, 20), (7,))),
+    "linear_max": Call(
+        lambda x, w, b, **o: ops.linear_max(x, w, CU.to(x.device), linear_bias=b, **o), ((5, 20), (7, 20), (7,))
+    ),
     "embedding": Call(lambda w, **o: ops.embedding(IDS.to(w.device), w, **o), ((5, 16),), linear=True),
     "embedding, sparse": Call(
         lambda w, **o: ops.embedding(IDS.to(w.device), w, sparse_grad=True, **o), ((5, 16),), linear=True

@@ -28,6 +28,7 @@ OPS = {
     "layer_norm_gelu",
     "linear_cross_entropy",
     "linear_log_prob",
+    "linear_max",
     "pack",
     "unpack",
 }

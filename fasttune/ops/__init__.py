@@ -10,6 +10,7 @@ from fasttune.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fasttune.ops.layer_norm_gelu import gelu_layer_norm, layer_norm_gelu
 from fasttune.ops.linear_cross_entropy import linear_cross_entropy
 from fasttune.ops.linear_log_prob import LinearLogProb, linear_log_prob
+from fasttune.ops.linear_max import linear_max
 from fasttune.ops.packing import PackedBatch, pack, unpack
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "layer_norm_gelu",
     "linear_cross_entropy",
     "linear_log_prob",
+    "linear_max",
     "pack",
     "unpack",
 ]

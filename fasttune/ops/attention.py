@@ -60,25 +60,38 @@ def _empty_lse(query: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=query.device)
 
 
-def check_offsets(cu_seqlens: Tensor, rows: int, max_seqlen: int | None, name: str = "cu_seqlens") -> None:
-    """Values of cu_seqlens on CPU, before they are used as offsets. Raises ValueError."""
+def check_offsets(
+    cu_seqlens: Tensor, rows: int, max_seqlen: int | None, name: str = "cu_seqlens", *, operation: str = "attention"
+) -> list[int]:
+    """Values of cu_seqlens on CPU, before they are used as offsets. Returns the lengths, raises ValueError."""
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != rows:
+        of = "query" if name == "cu_seqlens_q" else "key" if operation == "attention" else "input"
         raise ValueError(
-            f"attention: {name} runs from {offsets[0]} to {offsets[-1]}; expected 0 to {rows}, the rows of"
-            f" {'key' if name == 'cu_seqlens' else 'query'}."
+            f"{operation}: {name} runs from {offsets[0]} to {offsets[-1]}; expected 0 to {rows}, the rows of {of}."
         )
     lengths = list(map(operator.sub, offsets[1:], offsets))
     if min(lengths, default=0) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(
-            f"attention: {name} falls from {offsets[at]} to {offsets[at + 1]} at position {at + 1};"
+            f"{operation}: {name} falls from {offsets[at]} to {offsets[at + 1]} at position {at + 1};"
             " expected offsets that never decrease."
         )
     if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(
             f"attention: max_seqlen is {max_seqlen}, but cu_seqlens holds a sequence of length {max(lengths)}."
         )
+    return lengths
+
+
+def check_offsets_tensor(operation: str, cu_seqlens: Tensor, device: torch.device, like: str) -> None:
+    """All of cu_seqlens but its values."""
+    check_tensor(operation, "cu_seqlens", cu_seqlens, "a torch.Tensor of integers")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{operation}: cu_seqlens is {describe(cu_seqlens)}; expected int32 or int64.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{operation}: cu_seqlens is {describe(cu_seqlens)}; expected shape (N + 1,).")
+    check_device(operation, "cu_seqlens", cu_seqlens, device, like)
 
 
 def check_positions(positions_q: Tensor, cu_seqlens_q: Tensor | None) -> None:
@@ -534,14 +547,9 @@ def _check_options(
     if scale is not None:
         check_number("attention", "scale", scale)
     if cu_seqlens is not None:
-        check_tensor("attention", "cu_seqlens", cu_seqlens, "a torch.Tensor of integers")
         if max_seqlen is not None:
             check_integer("attention", "max_seqlen", max_seqlen)
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"attention: cu_seqlens is {describe(cu_seqlens)}; expected int32 or int64.")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"attention: cu_seqlens is {describe(cu_seqlens)}; expected shape (N + 1,).")
-        check_device("attention", "cu_seqlens", cu_seqlens, query.device, "query")
+        check_offsets_tensor("attention", cu_seqlens, query.device, "query")
     elif max_seqlen is not None:
         raise ValueError(f"attention: max_seqlen is {max_seqlen} without cu_seqlens; it describes packed sequences.")
     head_dim = query.shape[-1]

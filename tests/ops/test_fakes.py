@@ -23,6 +23,7 @@ def operators():
     packed = [torch.randn(2, 7, 3, 16) for _ in range(3)]
     out, lse = library.attention(*packed, None, None, None, False, 0.25, 0.0, FUSED)
     attention = (torch.randn(2, 7, 3, 16), *packed, out, lse, None, None, False, 0.25, 0.0)
+    maximum = (torch.randn(2, CLASSES).bfloat16(), x, classes, class_bias, torch.tensor([0, 2, ROWS]))
     return {
         "bias_gelu_backward": ((dout, x, bias, False), 2),
         "layer_norm_backward": (norm, 4),
@@ -31,13 +32,15 @@ def operators():
         "linear_cross_entropy": ((*linear, None, 1.0, -100, 0.0, 1), 3),
         "linear_cross_entropy_backward": ((torch.rand(ROWS), *linear, -100, 0.0), 3),
         "linear_log_prob_backward": ((torch.rand(ROWS), None, torch.rand(ROWS), None, *log_prob), 3),
+        "linear_max_backward": ((*maximum, library.linear_max(*maximum[1:], FUSED)[1]), 3),
         "attention_backward": (attention, 3),
     }
 
 
 NAMES = (
     *("bias_gelu_backward", "layer_norm_backward", "layer_norm_gelu_backward", "gelu_layer_norm_backward"),
-    *("linear_cross_entropy", "linear_cross_entropy_backward", "linear_log_prob_backward", "attention_backward"),
+    *("linear_cross_entropy", "linear_cross_entropy_backward", "linear_log_prob_backward", "linear_max_backward"),
+    "attention_backward",
 )
 
 

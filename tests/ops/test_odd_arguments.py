@@ -48,6 +48,8 @@ REFUSED = {
     "ids": lambda: ops.linear_log_prob(X, X, [0]),
     "scale of linear_log_prob": lambda: ops.linear_log_prob(X, X, IDS, scale=float("nan")),
     "linear_bias": lambda: ops.linear_log_prob(X, X, IDS, linear_bias=[1]),
+    "linear_weight of linear_max": lambda: ops.linear_max(X, [1], OFFSETS),
+    "cu_seqlens of linear_max": lambda: ops.linear_max(X, X, [0, 1]),
     "input_ids": lambda: ops.embedding([0, 1], X),
     "word_weight": lambda: ops.embedding(IDS, [[1.0]]),
     "padding_idx": lambda: ops.embedding(IDS, X, padding_idx=1.5),

@@ -56,4 +56,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_indices(module);
   bind_layer_norm(module);
   bind_log_prob(module);
+  bind_linear_max(module);
 }
