@@ -55,7 +55,7 @@ def bias_group() -> int:
     return int(_cpp.library.bias_group)
 
 
-def _weight_blocks(weight: Tensor, dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Tensor]]:
+def weight_blocks(weight: Tensor, dtype: torch.dtype, most: int) -> Iterator[tuple[slice, Tensor]]:
     """(classes, weight of these classes in `dtype`) of `most` classes at a time, fewer where they are converted."""
     classes, features = weight.shape
     convert = weight.dtype != dtype
@@ -129,13 +129,13 @@ def run_chunks(
         n = min(most, rows - begin)
         select: slice | Tensor = slice(begin, begin + n) if kept is None else kept[begin : begin + n]
         x, logits = input[select].to(dtype), buffer[:n]
-        for block, block_weight in _weight_blocks(weight, dtype, logits_block):
+        for block, block_weight in weight_blocks(weight, dtype, logits_block):
             torch.mm(x, block_weight.t(), out=logits[:, block])
         run_rows(select, logits, partial)
         if dinput is not None:
             straight = kept is None and dinput.dtype == dtype
             dx = dinput[select] if straight else torch.empty((n, input.shape[1]), dtype=dtype)
-            for block, block_weight in _weight_blocks(weight, dtype, max(classes, 1)):
+            for block, block_weight in weight_blocks(weight, dtype, max(classes, 1)):
                 if block.start == 0:
                     torch.mm(logits[:, block], block_weight, out=dx)
                 else:

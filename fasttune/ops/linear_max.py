@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
+from fasttune.ops._linear_chunks import LOGITS_BLOCK_CLASSES, product_dtype, weight_blocks
 from fasttune.ops._operator import Operator
 from fasttune.ops._reference.linear_max import linear_max as linear_max_reference
 from fasttune.ops.attention import check_offsets, check_offsets_tensor
 from fasttune.ops.cross_entropy import as_float32
-from fasttune.ops.linear_cross_entropy import LOGITS_BLOCK_CLASSES, _weight_blocks, product_dtype
 
 # Shape legend: T rows (tokens) of N sequences, C input features, V classes.
 # input, dinput (T, C); weight, dweight (V, C); bias, dbias (V,); cu_seqlens (N + 1,); out, dout (N, V); token (N, V)
@@ -52,7 +52,7 @@ def _cpp_forward(input: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens:
     if 0 in lengths:
         scratch.fill_(-torch.inf)
         token.fill_(-1)
-    for block, block_weight in _weight_blocks(weight, dtype, LOGITS_BLOCK_CLASSES):
+    for block, block_weight in weight_blocks(weight, dtype, LOGITS_BLOCK_CLASSES):
         best = scratch[:, : block_weight.shape[0]] if rounded else out[:, block]
         for begin in range(0, rows, BLOCK_ROWS):
             part = x[begin : begin + BLOCK_ROWS]

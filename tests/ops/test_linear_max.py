@@ -115,8 +115,8 @@ def test_ties_go_to_the_first_token(isa, backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_matches_torch_in_low_precision(isa, monkeypatch, dtype, native):
     """Both ways of the C++ library: in float32, converting the weight by blocks, and in bfloat16 where it is native."""
-    monkeypatch.setattr(sys.modules["fasttune.ops.linear_cross_entropy"], "_native_bfloat16", lambda: native)
-    monkeypatch.setattr(sys.modules["fasttune.ops.linear_cross_entropy"], "WEIGHT_BLOCK_BYTES", 12 * 4 * 100)
+    monkeypatch.setattr(sys.modules["fasttune.ops._linear_chunks"], "_native_bfloat16", lambda: native)
+    monkeypatch.setattr(sys.modules["fasttune.ops._linear_chunks"], "WEIGHT_BLOCK_BYTES", 12 * 4 * 100)
     for lengths in (LENGTHS, (3, 30)):
         assert_same(lengths, whole_numbers(lengths, 12, 259, dtype))
     if native:
