@@ -20,6 +20,7 @@ from fasttune.patching.layers.patched import Patched
 from fasttune.patching.marks import environment_backend, reading_waits, runs_fused, unusual
 from fasttune.patching.padding.layout import Layout, layout_of
 from fasttune.patching.premises.known import is_sharded
+from fasttune.patching.promises import trl
 from fasttune.patching.promises.source import RowSource, TensorRows
 from fasttune.patching.promises.tensor import PromisedRows, materialized
 
@@ -81,6 +82,7 @@ def promise(
         for what in (PACKING, TRIM, LAYERS):
             settings.aside(what, str(why))
         return None
+    trl.recognise()
     at_once = bool(torch._C._autograd._top_saved_tensors_default_hooks(True))  # a checkpoint's, say
     rows = LayerRows(frozen, source, layout, _dtype(frozen, hidden, heads * head_dim))
     promised = PromisedRows.of(rows, layout.shape)

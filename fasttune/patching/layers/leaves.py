@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fasttune import ops
 from fasttune.patching.layers.entry import source_of
 from fasttune.patching.layers.patched import Patched
-from fasttune.patching.layers.tied import head_view
 from fasttune.patching.marks import unusual
 from fasttune.patching.premises.known import is_sharded
 from fasttune.patching.promises.loss import LinearRows
@@ -68,7 +67,7 @@ class Linear(Patched, nn.Linear):
             return nn.Linear.forward(self, input)
         fresh = isinstance(input, PromisedRows) and input.untouched()
         source = input.state.source if fresh else source_of(input)  # type: ignore[attr-defined]
-        weight = head_view(self.weight, source)
+        weight = source.head_weight(self.weight)
         select = bool(self._fasttune.settings.options.trim)
         patch = self._fasttune
         logits = LinearRows(source, weight, self.bias, patch.backend, select=select, note=patch.note)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fasttune.ops.tied import tied_views
 from fasttune.patching.marks import reading_waits
-from fasttune.patching.promises.source import RowSource
 
 
 def lookup_view(table: Any) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -29,8 +28,3 @@ def lookup_view(table: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     lookup, head = tied_views(weight)
     return weight, lookup, head
-
-
-def head_view(weight: Tensor, source: RowSource) -> Tensor:
-    """What the vocabulary projection multiplies by: the weight itself, unless the lookup left an alias for it."""
-    return source.tied[1] if source.tied is not None and source.tied[0] is weight else weight

@@ -31,6 +31,7 @@ class LinearRows(MappedRows):
         note: Callable[[], None],
     ) -> None:
         self.weight, self.bias, self.backend, self.select, self.note = weight, bias, backend, select, note
+        self.statistics: list[Any] = []  # promises/statistics.py
         kind = source.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
         function = lambda rows, ids: F.linear(rows, weight, bias)  # noqa: E731
@@ -78,35 +79,40 @@ def _cross_entropy(
         )
     if labelled is not None and reduction == "none":
         loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)
-    if not loss.requires_grad or input.own_node is None:
-        return loss
-    for link in state.chain():
+    options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    return tapped(loss, input, lambda values: F.cross_entropy(values, target, reduction=reduction, **options))
+
+
+def tapped(result: Tensor, promised: PromisedRows, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A result that was computed without the values of a promised tensor, with an edge to it; function(values) computes
+    the same from them."""
+    if not result.requires_grad or promised.own_node is None:
+        return result
+    for link in promised.state.chain():
         link.used = True
-    options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    tapped: Tensor = _Tap.apply(loss, input, state, target, {**options, "reduction": reduction})
-    return tapped
+    tap: Tensor = _Tap.apply(result, promised, promised.state, function)
+    return tap
 
 
 class _Tap(torch.autograd.Function):
-    """A loss that was computed without its logits, with an edge to them: if somebody asked for their gradient, it is
-    computed and goes to them, and on from there; else straight to what the loss was computed from."""
+    """If somebody asked for the promised tensor's gradient, it is computed and goes there, and on from there; else
+    straight to what the result was computed from."""
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, logits: Tensor, state: State, target: Tensor, options: dict[str, Any]
+        ctx: Any, result: Tensor, promised: Tensor, state: State, function: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.state, ctx.options = state, options
-        ctx.save_for_backward(target)
-        return loss.clone()
+        ctx.state, ctx.function = state, function
+        return result.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if not any(state.watched for state in ctx.state.chain()):
-            return grads[0], None, None, None, None
+            return grads[0], None, None, None
         values = ctx.state.materialize().detach().requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(values, ctx.saved_tensors[0], **ctx.options)
-        return None, torch.autograd.grad(loss, values, grads[0])[0], None, None, None
+            result = ctx.function(values)
+        return None, torch.autograd.grad(result, values, grads[0])[0], None, None
 
 
 def _precision(logits: LinearRows, dtype: torch.dtype, hidden_dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fasttune import ops
 from fasttune.ops._random import draw_seed, repeating
 from fasttune.patching.promises.source import on
-from fasttune.patching.promises.tensor import PromisedRows, materialized
+from fasttune.patching.promises.tensor import WATCHED, PromisedRows, materialized
 
 Handler = Callable[..., Any]
 
@@ -234,6 +234,17 @@ def _masked_fill(promised: PromisedRows, mask: Tensor, value: Any) -> Any:
     return _spread(found[1], found[0], promised.shape).masked_fill(mask, value)
 
 
+def _masked_fill_(promised: PromisedRows, mask: Tensor, value: Any) -> Any:
+    """In place: from now on these are its values."""
+    if not _fresh(promised) or promised.state.viewed is not None or promised.state.lent:
+        return NotImplemented
+    filled = _masked_fill(promised, mask, value)
+    if filled is NotImplemented:
+        return NotImplemented
+    promised.state.value, promised.state.used = filled, True
+    return promised
+
+
 def _where(condition: Any, a: Any = None, b: Any = None) -> Any:
     if not _masked(condition) or (isinstance(a, PromisedRows) and isinstance(b, PromisedRows)):
         return NotImplemented
@@ -377,6 +388,8 @@ def _watch(name: str) -> Handler:
     def handler(promised: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(promised, PromisedRows):
             return NotImplemented
+        if promised.state.lent:
+            raise RuntimeError(WATCHED)
         promised.state.watched = True
         with torch._C.DisableTorchFunctionSubclass():
             own = getattr(Tensor, name)(promised, *args, **kwargs)
@@ -403,6 +416,8 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     for tensor in wanted:
         nodes = [tensor]
         if isinstance(tensor, PromisedRows):
+            if tensor.state.lent:
+                raise RuntimeError(WATCHED)
             tensor.state.watched = True
             if tensor.state.value is not None and tensor.state.value.requires_grad:
                 nodes.append(tensor.state.value)
@@ -423,7 +438,10 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
 _ELEMENTWISE = (
     *(F.gelu, F.relu, F.silu, F.elu, F.leaky_relu, F.softplus, F.mish, F.hardtanh, torch.tanh, torch.sigmoid),
     *(torch.relu, torch.exp, torch.neg, torch.abs, Tensor.tanh, Tensor.sigmoid, Tensor.relu, Tensor.exp, Tensor.neg),
-    *(Tensor.abs, Tensor.div, Tensor.__truediv__, torch.div, Tensor.__neg__),
+    *(Tensor.abs, Tensor.div, Tensor.__truediv__, torch.div, Tensor.__neg__, F.logsigmoid, torch.log, Tensor.log),
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
+    *(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square, torch.sqrt, Tensor.sqrt, torch.log1p),
+    *(Tensor.log1p, torch.clamp, Tensor.clamp),
 )
 
 _LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
@@ -442,6 +460,7 @@ PromisedRows.handlers |= {
     torch._VF._pack_padded_sequence: _pack_padded_sequence,  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply), _mul),
     **dict.fromkeys((Tensor.masked_fill, torch.masked_fill), _masked_fill),
+    Tensor.masked_fill_: _masked_fill_,
     torch.where: _where,
     Tensor.where: lambda a, condition, b: _where(condition, a, b),
     **dict.fromkeys((torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__), _bmm),

@@ -94,6 +94,10 @@ class RowSource:
         twin._done, twin._shelf = [], None
         return twin
 
+    def head_weight(self, weight: Tensor) -> Tensor:
+        """What a vocabulary projection multiplies by: the weight itself, unless the lookup left an alias for it."""
+        return self.tied[1] if self.tied is not None and self.tied[0] is weight else weight
+
     def told(self, reader: str) -> None:
         """Somebody reads all rows, in a way that is not understood: for the report."""
 

@@ -30,6 +30,11 @@ WRITTEN = (
     " Clone it first, or patch with fasttune.patch(model, loss=False, trim=False, packing=False)."
 )
 
+WATCHED = (
+    "fasttune: the gradient of values that are computed on demand was asked for after something was made of them."
+    " Ask before that, or patch with fasttune.patch(model, loss=False)."
+)
+
 OTHER = "other code"  # reads a promised tensor without saying what it does with it
 
 _PROPERTIES = (
@@ -45,6 +50,8 @@ class State:
     everything: ids are 0, 1, 2, ...: all rows in order. rising: ids rise: rows were left out, none repeated or moved.
     viewed: the state of the tensor whose view stock would have returned; made_of: of the one it is a copy of.
     watched: somebody asked for its gradient. used: its values, or rows of its source, lie in a graph of somebody's.
+    lent: something was computed past it, whose gradient does not come through it.
+    taken: views of it exist.
     """
 
     source: RowSource
@@ -57,6 +64,8 @@ class State:
     value: Tensor | None = None
     watched: bool = False
     used: bool = False
+    lent: bool = False
+    taken: bool = False
     shelf: Shelf = field(default_factory=Shelf)
 
     @property
@@ -168,6 +177,7 @@ class PromisedRows(OnDemand):
     def with_ids(self, ids: Tensor, *, in_order: bool) -> PromisedRows:
         """Other rows of the same source; in_order: ids drops or regroups some of these, without repeating or moving."""
         old = self.state
+        old.taken = True
         everything = old.everything and in_order and ids.numel() == old.ids.numel()
         state = State(old.source, ids, old.dtype, everything, old.rising and in_order, viewed=old, shelf=old.shelf)
         return _promised(state, (self,))

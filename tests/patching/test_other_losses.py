@@ -1,0 +1,211 @@
+"""Losses that other people write on logits: the same numbers, from the labelled rows alone, each computed once."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from model_parity import beyond_the_bound, note_errors
+from models import batch_of, build, copy_in
+from torch.nn import functional as F
+from transformers.trainer_pt_utils import LabelSmoother
+
+import fasttune
+from fasttune import ops
+
+HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "BertForTokenClassification"]
+
+
+def chosen(logits, labels):
+    """(*lead,) log-probabilities of the labels, anything where there is none."""
+    return logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+def smoothed(logits, labels):
+    return LabelSmoother(0.1)((logits,), labels)
+
+
+def nll(logits, labels):
+    return F.nll_loss(F.log_softmax(logits.reshape(-1, logits.shape[-1]), dim=-1), labels.reshape(-1))
+
+
+def weighted_nll(logits, labels):
+    weight = torch.linspace(0.5, 2, logits.shape[-1], dtype=logits.dtype)
+    flat = logits.contiguous().view(-1, logits.shape[-1])
+    return F.nll_loss(torch.log_softmax(flat, 1), labels.reshape(-1), weight=weight, ignore_index=-100)
+
+
+def by_sequence(logits, labels):
+    """As in preference losses: a sum for each sequence."""
+    mask = (labels != -100).to(logits.dtype)
+    return F.logsigmoid((chosen(logits, labels) * mask).sum(1)).mean()
+
+
+def mean_of_masked(logits, labels):
+    return -chosen(logits, labels).masked_fill(labels == -100, 0).sum() / (labels != -100).sum()
+
+
+def focal(logits, labels):
+    log_p = chosen(logits, labels)
+    return (-((1 - log_p.exp()) ** 2) * log_p)[labels != -100].mean()
+
+
+def focal_of_losses(logits, labels):
+    losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
+    return ((1 - torch.exp(-losses)) ** 2 * losses).sum()
+
+
+def with_z_loss(logits, labels):
+    mask = labels != -100
+    z = torch.logsumexp(logits, dim=-1)
+    return mean_of_masked(logits, labels) + 1e-2 * (z[mask] ** 2).mean() + 1e-3 * z.masked_fill(~mask, 0).sum()
+
+
+def chosen_minus_logsumexp(logits, labels):
+    picked = torch.gather(logits, dim=-1, index=labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -(picked - torch.logsumexp(logits, dim=-1))[labels != -100].mean()
+
+
+def uniform(logits, labels):
+    """Divergence from the uniform distribution."""
+    return -F.log_softmax(logits, dim=-1).mean(-1)[labels != -100].mean()
+
+
+LOSSES = {
+    function.__name__: function
+    for function in (
+        *(smoothed, nll, weighted_nll, by_sequence, mean_of_masked, focal, focal_of_losses, with_z_loss),
+        *(chosen_minus_logsumexp, uniform),
+    )
+}
+WITHOUT_STATISTICS = ("nll", "weighted_nll", "focal_of_losses")  # these come to a cross-entropy
+
+
+def of(model, inputs, name):
+    """The loss, as the head's own would be shifted, and the logits."""
+    labels, rest = inputs["labels"], {key: value for key, value in inputs.items() if key != "labels"}
+    logits = model(**rest).logits
+    read, labels = (logits[:, :-1], labels[:, 1:]) if "GPT2" in type(model).__name__ else (logits, labels)
+    return LOSSES[name](read, labels), logits
+
+
+def run(model, inputs, name):
+    loss, _ = of(model, inputs, name)
+    loss.backward()
+    return {"loss": loss.detach()} | {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+# All losses under padding; the other paddings change nothing about them, so two losses stand for the rest.
+PADDED = [(name, head, "right") for name in LOSSES for head in HEADS]
+PADDED += [(name, head, padding) for name in ("smoothed", "nll") for head in HEADS[:2] for padding in (None, "left")]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "head", "padding"), PADDED)
+def test_parity(name, head, padding):
+    errors = {}
+    for seed in range(3):
+        model = build(head, seed=seed)
+        inputs = batch_of(model, padding=padding, seed=seed + 1)
+        inputs["labels"][0, 2:5] = -100
+        other = copy_in(model, torch.float32)
+        other.set_attn_implementation("eager")
+        exact, stock, again = (
+            run(m, inputs, name) for m in (copy_in(model, torch.float64), copy.deepcopy(model), other)
+        )
+        note_errors(errors, run(fasttune.patch(model), inputs, name), (stock, again), exact)
+    assert not (found := beyond_the_bound(errors)), "\n".join(found)
+
+
+@pytest.mark.parametrize("head", HEADS[:2])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in WITHOUT_STATISTICS])
+def test_labelled_rows_are_computed_once_and_no_others(head, name, monkeypatch):
+    counts, stock = [], ops.linear_log_prob
+
+    def counting(input, *args, **kwargs):
+        counts.append(input.shape[0])
+        return stock(input, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "linear_log_prob", counting)
+    model = fasttune.patch(build(head))
+    inputs = batch_of(model, padding="right")
+    inputs["labels"][0, 2:5] = -100
+    labels = inputs["labels"][:, 1:] if "GPT2" in head else inputs["labels"]
+    run(model, inputs, name)
+    assert counts == [int((labels != -100).sum())]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_of_the_logits_is_there_for_who_asks_afterwards(name):
+    stock = build("BertForMaskedLM")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    found = []
+    for model in (stock, ours):
+        loss, logits = of(model, inputs, name)
+        logits.retain_grad()
+        loss.backward()
+        found.append((logits.grad, model.cls.predictions.bias.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_who_asks_for_the_gradient_of_log_probabilities_too_late_is_told():
+    model = fasttune.patch(build("BertForMaskedLM"))
+    inputs = batch_of(model, padding="right")
+    labels = inputs.pop("labels")
+    log_p = model(**inputs).logits.log_softmax(-1)
+    log_p.gather(-1, labels.clamp(min=0)[..., None])
+    with pytest.raises(RuntimeError, match="was asked for after something was made of them"):
+        log_p.retain_grad()
+
+
+def test_log_probabilities_read_whole_are_stocks():
+    stock = build("BertForMaskedLM")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    inputs.pop("labels")
+    with torch.no_grad():
+        expected = stock(**inputs).logits.log_softmax(-1)
+    found = ours(**inputs).logits.log_softmax(-1)
+    torch.testing.assert_close(found + 0, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.logsumexp(-1) + 0, expected.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((-found).sum(-1) + 0, -expected.sum(-1), rtol=1e-5, atol=1e-4)
+
+
+def test_an_index_out_of_range_is_torchs_error():
+    model = fasttune.patch(build("BertForMaskedLM"))
+    inputs = batch_of(model)
+    labels = inputs.pop("labels")
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        model(**inputs).logits.log_softmax(-1).gather(-1, labels[..., None] - 1000).sum()
+
+
+def test_nothing_outlives_the_step():
+    model = fasttune.patch(build("GPT2LMHeadModel"))
+    inputs = batch_of(model, padding="right")
+    loss, logits = of(model, inputs, "smoothed")
+    loss.backward()
+    gone = weakref.ref(logits.state.source)
+    gc.disable()
+    try:
+        del loss, logits
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_float32_as_stock_does(dtype):
+    stock = build("BertForMaskedLM")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    found = []
+    for model in (stock, ours):
+        with torch.autocast("cpu", dtype=dtype):
+            loss, _ = of(model, inputs, "smoothed")
+        loss.backward()
+        found.append(loss)
+    assert found[0].dtype == found[1].dtype
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
