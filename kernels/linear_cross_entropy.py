@@ -1,17 +1,15 @@
 """The chunk loop of linear_cross_entropy on a GPU: matrix products by torch, everything between them in one kernel.
 
-Chunk by chunk: logits = x Wᵀ into one buffer, cross_entropy_forward_kernel turns them into loss and, in place, into
-their gradient G, then dx = G W and dW += Gᵀ x. The buffer's rows are padded to whole vectors, whatever the vocabulary.
-The divisor of a mean is summed first and stays on the device. float16 cannot hold a gradient divided by thousands of
-rows: there G is that of the sum, and the products are divided, in float32.
+Chunk by chunk (linear_chunks.py) cross_entropy_forward_kernel turns the logits x Wᵀ into loss and, in place, into their
+gradient G, of which dx = G W and dW += Gᵀ x. The divisor of a mean is summed first and stays on the device. float16
+cannot hold a gradient divided by thousands of rows: there G is that of the sum, and the products are divided, in
+float32.
 
 Nothing is read back to the host: neither the number of rows that count (ignored rows get G = 0 and pass through the
 products) nor the upstream gradient, by which backward multiplies what forward left: scale_kernel looks at the factor
 where it lies, and touches nothing if it is 1.
 
 Bytes of a chunk of n rows beside the products: logits once from memory and once from L2, G once, dW twice in float32.
-dW is the reason to take few, large chunks: n = CHUNK_BYTES / row, about 2600 rows of 50257 logits in 16 bits.
-Sums over rows: dW in float32 across chunks, each chunk's product rounded once; dbias from G in float32.
 """
 
 import torch
@@ -21,9 +19,7 @@ from torch import Tensor
 
 from fasttune.kernels import launch
 from fasttune.kernels.cross_entropy import MEAN, NONE, float32, loss_sums, rows_forward
-
-CHUNK_BYTES = 256 * 2**20
-ALIGNMENT = 64  # elements to which a row of the buffer is padded: whole cache lines in 16 bits
+from fasttune.kernels.linear_chunks import narrowed, results, run_chunks, times
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -43,12 +39,6 @@ def scale_in_place(x: Tensor, factor: Tensor) -> Tensor:
     return x
 
 
-def _chunk_rows(rows: int, row_bytes: int) -> int:
-    """Rows per chunk, so that chunks are equal and fit the budget."""
-    chunks = triton.cdiv(rows * row_bytes, CHUNK_BYTES)
-    return max(1, triton.cdiv(rows, max(1, chunks)))
-
-
 def _run_chunks(
     input: Tensor,
     weight: Tensor,
@@ -66,52 +56,25 @@ def _run_chunks(
 ) -> list[Tensor | None]:
     """Fills losses (N,) and returns the gradients of input, weight and bias in float32 (input: in its dtype unless
     that is float16), None where not needed: of scale dlosses / divisor times the losses, summed."""
-    rows, (classes, features), dtype, device = input.shape[0], weight.shape, input.dtype, input.device
-    weight = weight.to(dtype)
-    after = dtype == torch.float16  # scale and divide after the products
-    dinput = torch.empty((rows, features), dtype=dtype, device=device) if needs[0] else None
-    dweight = torch.zeros((classes, features), dtype=torch.float32, device=device) if needs[1] and not rows else None
-    dbias = torch.zeros(classes, dtype=torch.float32, device=device) if needs[2] else None
-    padded = triton.cdiv(classes, ALIGNMENT) * ALIGNMENT
-    most = _chunk_rows(rows, padded * dtype.itemsize)
-    buffer = torch.empty((most, padded), dtype=dtype, device=device).narrow(1, 0, classes)
-    for begin in range(0, rows, most):
-        part = (0, begin, min(most, rows - begin))
-        x, logits = input.narrow(*part), buffer.narrow(0, 0, part[2])
-        torch.mm(x, weight.t(), out=logits)
+    after = input.dtype == torch.float16  # scale and divide after the products
+
+    def run_rows(part: tuple[int, int, int], logits: Tensor) -> None:
         rows_forward(
             *(logits, target.narrow(*part), class_weight, ignore_index, label_smoothing, losses.narrow(*part)),
             bias=bias,
             in_place=any(needs),
-            dloss=None if dlosses is None else dlosses.narrow(*part),
+            dloss=narrowed(dlosses, part),
             divisor=None if after else divisor,
             scale=1.0 if after else scale,
         )
-        if dinput is not None:
-            torch.mm(logits, weight, out=dinput.narrow(*part))
-        if needs[1]:
-            product = torch.mm(logits.t(), x)
-            dweight = product.float() if dweight is None else dweight.add_(product)
-        if dbias is not None:
-            dbias += logits.sum(0, dtype=torch.float32)
-    gradients = [dinput, dweight, dbias]
-    if after:
-        factor = scale if divisor is None else scale / divisor
-        gradients = [None if gradient is None else gradient.float().mul_(factor) for gradient in gradients]
-    return gradients
+
+    gradients = run_chunks(input, weight, run_rows, needs)
+    return times(gradients, scale if divisor is None else scale / divisor) if after else gradients
 
 
 def _waiting_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a gradient waits for its upstream factor in: that factor may be what keeps float16 from underflow."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _results(gradients: list[Tensor | None], dtypes: list[torch.dtype | None], device: torch.device) -> list[Tensor]:
-    """Each gradient in its dtype, an empty tensor where there is none."""
-    return [
-        torch.empty(0, dtype=torch.float32, device=device) if gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip(gradients, dtypes, strict=True)
-    ]
 
 
 def linear_cross_entropy(
@@ -133,7 +96,7 @@ def linear_cross_entropy(
     options = (input, weight, target, float32(bias), class_weight, ignore_index, label_smoothing)
     if reduction == NONE:
         _run_chunks(*options, (False, False, False), losses=losses)
-        return losses, *_results([None] * 3, [None] * 3, device)
+        return losses, *results([None] * 3, [None] * 3, device)
     by = None if normalizer is None else normalizer.to(torch.float32)
     if reduction == MEAN:
         by = torch.empty((), dtype=torch.float32, device=device)
@@ -143,7 +106,7 @@ def linear_cross_entropy(
     loss = torch.empty((), dtype=torch.float32, device=device)
     loss_sums(losses, target, class_weight, ignore_index, out=loss, divisor=by, scale=scale)
     dtypes = [None if like is None else _waiting_dtype(like.dtype) for like in (input, weight, bias)]
-    return loss, *_results(gradients, dtypes, device)
+    return loss, *results(gradients, dtypes, device)
 
 
 def linear_cross_entropy_backward(
@@ -165,5 +128,5 @@ def linear_cross_entropy_backward(
         dlosses=dlosses.float().contiguous(),
     )
     dtypes = [None if like is None else like.dtype for like in (input, weight, bias)]
-    dinput, dweight, dbias = _results(gradients, dtypes, input.device)
+    dinput, dweight, dbias = results(gradients, dtypes, input.device)
     return dinput, dweight, dbias

@@ -212,6 +212,18 @@ def _linear_cross_entropy(dtype: torch.dtype) -> Callable[[], Any]:
     return call
 
 
+def _linear_log_prob(dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import linear_log_prob
+
+        x, weight, bias = (empty(*shape, dtype=dtype) for shape in ((ROWS, HIDDEN), (CLASSES, HIDDEN), (CLASSES,)))
+        options = (x, weight, empty(ROWS, dtype=torch.int64), bias)
+        *found, _, statistics = linear_log_prob.linear_log_prob(*options, 0.7, -100)
+        linear_log_prob.linear_log_prob_backward(*found, *options, statistics, 0.7, -100, True, True, True)
+
+    return call
+
+
 def _embedding(dtype: torch.dtype) -> Callable[[], Any]:
     def call() -> None:
         from fasttune.kernels import embedding
@@ -239,6 +251,7 @@ def loss_and_index_cases() -> Iterator[Case]:
         yield Case("cross_entropy", "", dtype, _cross_entropy(dtype, False))
         yield Case("cross_entropy", "weighted smooth", dtype, _cross_entropy(dtype, True))
         yield Case("linear_cross_entropy", "", dtype, _linear_cross_entropy(dtype))
+        yield Case("linear_log_prob", "", dtype, _linear_log_prob(dtype))
         yield Case("embedding", "", dtype, _embedding(dtype))
         yield Case("packing", "", dtype, _packing(dtype))
 

@@ -134,6 +134,18 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
                 partial(lambda stock, target, *x: stock(*x, target), stock_loss, target),
                 inputs,
             )
+    elif operation == "linear_log_prob":
+        for classes in (2, 1000, 30522, 50257) if big else (300,):
+            ids = torch.randint(0, classes, (rows if classes <= 1000 else 65,), device=device)
+            ids[1::3] = -100
+
+            def found(name: str, backend: str, ids: torch.Tensor, *x: torch.Tensor) -> torch.Tensor:
+                return getattr(ops.linear_log_prob(*x, ids, scale=0.7, backend=backend), name)
+
+            inputs = [random(ids.shape[0], 64), random(classes, 64, scale=0.125)]
+            for name in ("log_prob", "logsumexp", "entropy", "mean_logit"):
+                sides = (partial(found, name, side, ids) for side in (backend, "torch"))
+                yield case(f"{name} V{classes}", *sides, inputs)
     elif operation == "embedding":
         ids = torch.randint(0, 90, (4, tokens), device=device)
         types = (torch.arange(tokens, device=device) > tokens // 2).long().expand(4, tokens)

@@ -116,6 +116,11 @@ def linear_loss():
     return ops.linear_cross_entropy(leaf(128, 768), leaf(50257, 768), integers(128), linear_bias=leaf(50257))
 
 
+def log_probs():
+    found = ops.linear_log_prob(leaf(128, 768), leaf(50257, 768), integers(128), linear_bias=leaf(50257))
+    return found.log_prob + found.entropy
+
+
 def packing():
     batch = PackedBatch(integers(100), gpu_cases.empty(3, dtype=torch.int32), 64, (2, 64))
     return ops.unpack(ops.pack(leaf(2, 64, 768), batch)[0], batch)
@@ -130,6 +135,7 @@ STEPS = [
     embeddings,
     loss,
     linear_loss,
+    log_probs,
     packing,
 ]
 

@@ -14,6 +14,7 @@ from fasttune.kernels import (
     gelu,
     layer_norm,
     linear_cross_entropy,
+    linear_log_prob,
     packing,
 )
 
@@ -76,6 +77,13 @@ def linear_loss(batch, tokens):
         linear_cross_entropy.scale_in_place(gradient, empty(1, dtype=torch.float32))
 
 
+def log_probs(batch, tokens):
+    rows = batch * tokens
+    options = (empty(rows, 768, dtype=DTYPE), empty(30522, 768, dtype=DTYPE), empty(rows, dtype=torch.int64), None)
+    *found, _, statistics = linear_log_prob.linear_log_prob(*options, 0.7, -100)
+    linear_log_prob.linear_log_prob_backward(*found, *options, statistics, 0.7, -100, True, True, False)
+
+
 def lookups(batch, tokens):
     ids = empty(batch, tokens, dtype=torch.int64)
     tables = [empty(size, 768, dtype=DTYPE) for size in (30522, 2, 512)]
@@ -97,6 +105,7 @@ STEPS = [
     elementwise,
     losses,
     linear_loss,
+    log_probs,
     lookups,
     packing_both_ways,
 ]

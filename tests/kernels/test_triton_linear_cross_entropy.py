@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from interpreter.memory import traffic
 
 from fasttune import ops
+from fasttune.kernels import linear_chunks
 from fasttune.kernels import linear_cross_entropy as kernel
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 15 rows of 500 float32 logits: 37 rows take three."""
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 15 * 512 * 4)
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 15 * 512 * 4)
 
 
 def problem(rows, features, classes, dtype=torch.float32):
@@ -63,7 +64,7 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_the_chunk_step_reads_the_logits_twice_and_writes_them_once(monkeypatch, moves_at_most):
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 2**30)
+    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 2**30)
     x, weight = torch.randn(6, 8).requires_grad_(), torch.randn(30522, 8).requires_grad_()
     with traffic() as moved:
         ops.linear_cross_entropy(x, weight, torch.arange(6), backend="triton")

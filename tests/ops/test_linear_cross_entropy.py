@@ -42,8 +42,8 @@ CHUNK = 4
 def small_chunks(monkeypatch):
     """Chunks of few rows, so that small problems take several."""
     if INTERPRETED:
-        kernel = importlib.import_module("fasttune.kernels.linear_cross_entropy")
-        monkeypatch.setattr(kernel, "_chunk_rows", lambda rows, row_bytes: 15)
+        kernel = importlib.import_module("fasttune.kernels.linear_chunks")
+        monkeypatch.setattr(kernel, "chunk_rows", lambda rows, row_bytes: 15)
     monkeypatch.setattr(implementation, "ENOUGH_ROWS", CHUNK)
     monkeypatch.setattr(implementation, "ENOUGH_BYTES", 1)
 

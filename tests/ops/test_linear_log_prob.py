@@ -88,7 +88,9 @@ def test_every_subset_of_results(isa, small_chunks, names):
     *tensors, ids = problem(37, 64, 1000)
     fused, stock = pair(ids, names, 1.3, stock_rows=CHUNK)
     again = [partial(reordered, stock, torch.randperm(64)) for _ in range(3)]
-    assert_same_math(fused, stock, tensors, ["input", "weight", "bias"], again=again)
+    # The mean's gradient is the same for every class: of one number stock is now and then right by luck.
+    slack = SWEEP_SLACK if names == ("mean_logit",) else 1.0
+    assert_same_math(fused, stock, tensors, ["input", "weight", "bias"], slack, again)
 
 
 @pytest.mark.parametrize("names", [*((name,) for name in RESULTS), RESULTS], ids="-".join)
