@@ -205,6 +205,31 @@ def linear_cross_entropy(
     )
 
 
+def linear_log_prob(rows: int, columns: int, classes: int, *, dtype: torch.dtype, compiled: bool = False) -> Workload:
+    torch.manual_seed(0)
+    inputs = [torch.randn(rows, columns).to(dtype), (0.02 * torch.randn(classes, columns)).to(dtype)]
+    ids, upstream = _labels(rows, classes, 0.0), torch.randn(rows)
+
+    def ours(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor | None:
+        return ops.linear_log_prob(x, weight, ids).log_prob
+
+    def stock(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return torch.log_softmax(F.linear(x, weight).float(), -1).gather(-1, ids[:, None])[:, 0]
+
+    sides = {OURS: ours, "F.linear, log_softmax, gather": stock}
+    if compiled:
+        sides[COMPILED] = torch.compile(stock)
+    return Workload(
+        group="linear_log_prob",
+        shape=f"{rows} x {columns} x {classes}",
+        dtype=dtype_name(dtype),
+        sides={name: forward_backward(function, [*inputs, ids], upstream) for name, function in sides.items()},
+        products=lambda: products.linear(rows, columns, classes, dtype=dtype),
+        kept_bytes=size(*inputs),
+        memory=True,
+    )
+
+
 def embedding(tokens: int, columns: int, vocabulary: int, *, dtype: torch.dtype, compiled: bool = False) -> Workload:
     torch.manual_seed(0)
     ids, weight = torch.randint(vocabulary, (tokens,)), torch.randn(vocabulary, columns).to(dtype)
@@ -254,4 +279,5 @@ def workloads(quick: bool) -> dict[str, Maker]:
         linear_cross_entropy, rows, columns, classes, ignored=0.85, dtype=fp32
     )
     found["linear_cross_entropy-bfloat16"] = partial(linear_cross_entropy, rows // 8, columns, classes, dtype=bf16)
+    found["linear_log_prob-float32"] = partial(linear_log_prob, rows // 4, columns, classes, dtype=fp32)
     return found

@@ -26,6 +26,7 @@ OPERATIONS = (
     "embedding",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_log_prob",
 )
 
 
@@ -50,6 +51,7 @@ def _call(operation):
         "embedding": lambda: partial(ops.embedding, labels, _numbers(5, 16)),
         "cross_entropy": lambda: partial(ops.cross_entropy, x, labels),
         "linear_cross_entropy": lambda: partial(ops.linear_cross_entropy, x, _numbers(5, 16), labels),
+        "linear_log_prob": lambda: partial(ops.linear_log_prob, x, _numbers(5, 16), labels),
     }[operation]()
 
 
