@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,44 @@ def docstring_examples(
     examples = [Example(text, label) for label, texts in enumerate(by_package) for text in texts if owners[text] == 1]
     train = [example for example in examples if not _held_out(example.text, held_out)]
     return train, [example for example in examples if _held_out(example.text, held_out)]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A function or class by the words of its qualified name, and its docstring."""
+
+    name: str
+    text: str
+
+
+def _words(name: str) -> str:
+    """ "asyncio.BaseEventLoop.run_in_executor" as "asyncio base event loop run in executor"."""
+    return " ".join(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[._]+", " ", name).lower().split())
+
+
+def _named(package: str, path: Path, min_words: int) -> Iterator[Named]:
+    def walk(node: ast.AST, outer: str) -> Iterator[Named]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{outer}.{child.name}"
+                text = ast.get_docstring(child)
+                if text is not None and len(text.split()) >= min_words and not child.name.startswith("_"):
+                    yield Named(_words(name), " ".join(text.split()))
+                yield from walk(child, name)
+
+    return walk(ast.parse(path.read_bytes()), f"{package}.{path.stem}".removesuffix(".__init__"))
+
+
+def named_docstrings(
+    packages: tuple[str, ...] = PACKAGES, held_out: float = 0.3, min_words: int = 8
+) -> tuple[list[Named], list[Named]]:
+    """(training, held-out) pairs for retrieval: what a thing is called, what is said about it. Names and docstrings
+    that stand in two places have no one answer and are left out."""
+    pairs = [pair for package in packages for path in _sources(package) for pair in _named(package, path, min_words)]
+    names, texts = Counter(pair.name for pair in pairs), Counter(pair.text for pair in pairs)
+    pairs = [pair for pair in pairs if names[pair.name] == texts[pair.text] == 1]
+    train = [pair for pair in pairs if not _held_out(pair.text, held_out)]
+    return train, [pair for pair in pairs if _held_out(pair.text, held_out)]
 
 
 def language_reference(every: int = 10) -> tuple[list[str], list[str]]:

@@ -438,10 +438,7 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
 _ELEMENTWISE = (
     *(F.gelu, F.relu, F.silu, F.elu, F.leaky_relu, F.softplus, F.mish, F.hardtanh, torch.tanh, torch.sigmoid),
     *(torch.relu, torch.exp, torch.neg, torch.abs, Tensor.tanh, Tensor.sigmoid, Tensor.relu, Tensor.exp, Tensor.neg),
-    *(Tensor.abs, Tensor.div, Tensor.__truediv__, torch.div, Tensor.__neg__, F.logsigmoid, torch.log, Tensor.log),
-    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__),
-    *(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square, torch.sqrt, Tensor.sqrt, torch.log1p),
-    *(Tensor.log1p, torch.clamp, Tensor.clamp),
+    *(Tensor.abs, Tensor.div, Tensor.__truediv__, torch.div, Tensor.__neg__),
 )
 
 _LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)

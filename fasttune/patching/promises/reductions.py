@@ -77,7 +77,7 @@ def _reduced(function: Callable[..., Tensor]) -> Handler:
     return handler
 
 
-LOG_SOFTMAX, SOFTMAX = _softmax(torch.log_softmax), _softmax(torch.softmax)
+LOG_SOFTMAX = _softmax(torch.log_softmax)
 
 _REDUCTIONS = (
     *((torch.sum, Tensor.sum), (torch.mean, Tensor.mean)),
@@ -86,9 +86,7 @@ _REDUCTIONS = (
 
 _OWN: dict[Any, Handler] = {
     F.log_softmax: LOG_SOFTMAX,
-    F.softmax: SOFTMAX,
     **dict.fromkeys((torch.log_softmax, Tensor.log_softmax), _plain(LOG_SOFTMAX)),
-    **dict.fromkeys((torch.softmax, Tensor.softmax), _plain(SOFTMAX)),
     **{name: _reduced(names[0]) for names in _REDUCTIONS for name in names},
 }
 PromisedRows.handlers |= _OWN

@@ -164,7 +164,7 @@ def _through(function: Callable[..., Any]) -> Callable[..., Any]:
     def handler(scalars: PromisedScalars, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, (Tensor, tuple, list)) for x in (*args, *kwargs.values())):
             return NotImplemented
-        return squeezed(function(scalars.rows, *args, **kwargs))
+        return squeezed(scalars.rows.mapped(lambda rows, ids: function(rows, *args, **kwargs)))
 
     return handler
 
