@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.trainer_pt_utils import LabelSmoother
 
 
 def own_loss(reading):
@@ -129,6 +130,43 @@ def probabilities(reading):
     return logits_of(reading).log_softmax(-1).gather(-1, (reading.ids % 2).unsqueeze(-1))
 
 
+def smoothed(reading):
+    """As Trainer smooths labels."""
+    logits = logits_of(reading)
+    labels = (reading.ids % logits.shape[-1]).masked_fill(~reading.real, -100)
+    return LabelSmoother(0.1)((logits,), labels)
+
+
+def preferred(reading):
+    """A sum of log-probabilities for each sequence, a penalty on logsumexp, and their focal form."""
+    logits = logits_of(reading)
+    labels = (reading.ids % logits.shape[-1]).unsqueeze(-1)
+    log_p = F.log_softmax(logits, dim=-1).gather(-1, labels).squeeze(-1)
+    z = torch.logsumexp(logits, dim=-1).masked_fill(~reading.real, 0.0)
+    weights = reading.real.to(log_p.dtype)
+    return torch.cat([(log_p * weights).sum(1), (z**2).sum(1), ((1 - log_p.exp()) ** 2 * log_p)[reading.real]])
+
+
+def negative_likelihood(reading):
+    logits = logits_of(reading)
+    classes = logits.shape[-1]
+    labels = (reading.ids % classes).masked_fill(~reading.real, -100).reshape(-1)
+    return F.nll_loss(F.log_softmax(logits.reshape(-1, classes), dim=-1), labels, reduction="sum")
+
+
+def largest_activation(reading):
+    """SPLADE's pooling."""
+    logits = logits_of(reading)
+    masked = logits * reading.real.unsqueeze(-1).to(logits.dtype)
+    return torch.max(masked.relu_().log1p(), dim=1)[0]
+
+
+def scores_of_tokens(reading):
+    """One number of each token, masked, then softmax over the tokens."""
+    scores = reading.layers.linear(reading.x.shape[-1], 1)(reading.x).squeeze(-1)
+    return scores.masked_fill(~reading.real, -1e4).softmax(-1)
+
+
 def hooked(reading):
     """With a hook that changes the gradient of what it read."""
     x = reading.x
@@ -151,6 +189,6 @@ READERS = (
     *(own_loss, first_token, last_token, masked_mean, masked_maximum, attention_pooling, lstm, every_position),
     *(padding_alone, real_alone, all_hidden_states, first_hidden_state, everything_returned, chain_of_rows, stacked),
     *(integers, gathered, selected, masked_selected, where, shifted_loss, weighted_loss, probabilities, hooked),
-    detached,
+    *(smoothed, preferred, negative_likelihood, largest_activation, scores_of_tokens, detached),
 )
 OF_HIDDEN_STATES = (all_hidden_states, first_hidden_state)

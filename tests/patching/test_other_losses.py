@@ -9,6 +9,7 @@ import torch
 from model_parity import beyond_the_bound, note_errors
 from models import batch_of, build, copy_in
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.trainer_pt_utils import LabelSmoother
 
 import fasttune
@@ -147,6 +148,22 @@ def test_the_gradient_of_the_logits_is_there_for_who_asks_afterwards(name):
         logits.retain_grad()
         loss.backward()
         found.append((logits.grad, model.cls.predictions.bias.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["smoothed", "focal", "with_z_loss"])
+def test_a_checkpoint_around_the_loss(name, reentrant):
+    stock = build("BertForMaskedLM")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    labels = inputs.pop("labels")
+    found = []
+    for model in (stock, ours):
+        loss = checkpoint(LOSSES[name], model(**inputs).logits, labels, use_reentrant=reentrant)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
