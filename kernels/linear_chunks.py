@@ -12,7 +12,6 @@ Sums over rows: dW in float32 across chunks, each chunk's product rounded once; 
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 CHUNK_BYTES = 256 * 2**20
@@ -21,8 +20,8 @@ ALIGNMENT = 64  # elements to which a row of the buffer is padded: whole cache l
 
 def chunk_rows(rows: int, row_bytes: int) -> int:
     """Rows per chunk, so that chunks are equal and fit the budget."""
-    chunks = triton.cdiv(rows * row_bytes, CHUNK_BYTES)
-    return max(1, triton.cdiv(rows, max(1, chunks)))
+    chunks = -(-rows * row_bytes // CHUNK_BYTES)
+    return max(1, -(-rows // max(1, chunks)))
 
 
 def run_chunks(
@@ -39,7 +38,7 @@ def run_chunks(
     dinput = torch.empty((rows, features), dtype=dtype, device=device) if needs[0] else None
     dweight = torch.zeros((classes, features), dtype=torch.float32, device=device) if needs[1] and not rows else None
     dbias = torch.zeros(classes, dtype=torch.float32, device=device) if needs[2] else None
-    padded = triton.cdiv(classes, ALIGNMENT) * ALIGNMENT
+    padded = -(-classes // ALIGNMENT) * ALIGNMENT
     most = chunk_rows(rows, padded * dtype.itemsize)
     buffer = torch.empty((most, padded), dtype=dtype, device=device).narrow(1, 0, classes)
     for begin in range(0, rows, most):

@@ -15,31 +15,31 @@ in which up to four upstream gradients come together. float16 cannot hold p time
 rows get their share of the largest one, and the products are multiplied by it, in float32, on the device.
 
 Bytes: forward the logits once, backward logits and gradient once each; about 60 more a row; the bias once a row, from
-L2. Operations: an exponential (forward two) and about 12 others an element: memory is the bound.
-Tiling: as in cross_entropy.py, one row a program, tiles of 2048 elements from the row's first aligned one on, both ends
-masked. An id out of range reads nothing and gives NaN.
+L2. Operations: an exponential and about 12 others an element: memory is the bound.
+Tiling: one row a program, 2048 elements at a time, as in cross_entropy.py; but here rows start at whole vectors, since
+the chunks' buffer is padded. An id out of range reads nothing and gives NaN.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fasttune.kernels import launch
-from fasttune.kernels.cross_entropy import VECTOR, _logits, _split, _write_zeros, float32
+from fasttune.kernels.cross_entropy import VECTOR, _logits, _write_zeros
 from fasttune.kernels.launch import power_of_two
-from fasttune.kernels.linear_chunks import narrowed, results, run_chunks, times
+from fasttune.kernels.log_prob_chunks import backward, forward
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a class masked by -inf adds nothing instead of NaN
 FAR_BELOW = tl.constexpr(-128.0)  # exp is 0 from here on
 
 
 @triton.jit
-def _accumulate(m, z, below, total, top, row, bias, column, first, classes, scale, MASKED: tl.constexpr):
+def _accumulate(m, z, below, total, top, row, bias, column, classes, scale, MASKED: tl.constexpr):
     """Of each lane, with the elements at `column`: largest logit m, Σ exp(x - m), Σ exp(x - m) (x - m), Σ x, and the
-    first class with m; `first` is the class at column 0."""
+    first class with m."""
     x = _logits(row, bias, column, classes, MASKED) * scale
     if MASKED:
         inside = column < classes
@@ -47,14 +47,13 @@ def _accumulate(m, z, below, total, top, row, bias, column, first, classes, scal
         total += tl.where(inside, x, 0.0)
     else:
         total += x
-    at = column + first
-    top = tl.where((x > m) | ((x == m) & (at < top)), at, top)
-    m_new = tl.maximum(m, x)
-    drop, d = tl.maximum(m - m_new, FAR_BELOW), x - m_new
-    shrink, e = tl.exp(m - m_new), tl.exp(d)
-    below = shrink * (below + drop * z) + e * tl.maximum(d, FAR_BELOW)
-    z = shrink * z + e
-    return m_new, z, below, total, top
+    rises, d = x > m, -tl.abs(x - m)
+    d = tl.where(d < FAR_BELOW, FAR_BELOW, d)  # NaN stays
+    e = tl.exp(d)  # of the smaller one of x and m: the other's is 1
+    top = tl.where(rises, column, top)
+    below = tl.where(rises, e, 1.0) * below + e * d * tl.where(rises, z, 1.0)
+    z = tl.where(rises, e * z + 1.0, z + e)
+    return tl.where(rises, x, m), z, below, total, top
 
 
 @triton.jit(do_not_specialize=["classes", "stride", "ignore_index"])
@@ -82,23 +81,20 @@ def log_prob_forward_kernel(
         id = tl.load(ids + row)
         counts = id != ignore_index
     if counts:
-        head, middle = _split(offset, classes, BLOCK)
+        whole = classes // BLOCK * BLOCK
         lane = tl.arange(0, BLOCK)
         m = tl.full([BLOCK], LOWEST, tl.float32)
         z = tl.zeros([BLOCK], tl.float32)
         below, total = z, z
         top = tl.zeros([BLOCK], tl.int32) + classes
-        aligned = logits + tl.multiple_of(offset + head, VECTOR)
-        aligned_bias = None if bias is None else bias + head
-        for begin in range(0, middle, BLOCK):
+        x_row = logits + tl.multiple_of(offset, VECTOR)
+        for begin in range(0, whole, BLOCK):
             m, z, below, total, top = _accumulate(
-                *(m, z, below, total, top, aligned, aligned_bias, begin + lane, head, classes, scale, False)
+                *(m, z, below, total, top, x_row, bias, begin + lane, classes, scale, False)
             )
-        for begin in range(0, classes - middle, BLOCK):  # both ends: once, rarely twice
-            column = begin + lane
-            column = tl.where(column < head, column, column + middle)
+        if whole < classes:
             m, z, below, total, top = _accumulate(
-                *(m, z, below, total, top, logits + offset, bias, column, 0, classes, scale, True)
+                *(m, z, below, total, top, x_row, bias, whole + lane, classes, scale, True)
             )
         largest = tl.max(m, 0)
         shrink, drop = tl.exp(m - largest), tl.maximum(m - largest, FAR_BELOW)
@@ -120,7 +116,8 @@ def log_prob_forward_kernel(
         tl.store(statistics + 3 * row + 1, z)
         tl.store(statistics + 3 * row + 2, e)
     else:
-        tl.store(log_prob + row, 0.0)
+        if log_prob is not None:
+            tl.store(log_prob + row, 0.0)
         tl.store(logsumexp + row, 0.0)
         tl.store(entropy + row, 0.0)
         tl.store(mean_logit + row, 0.0)
@@ -133,21 +130,23 @@ def log_prob_forward_kernel(
 @triton.jit
 def _upstream(gradient, row, largest):
     """The row's upstream gradient, 0 for None, over the largest of all where that is given."""
-    if gradient is None:
-        return 0.0
-    value = tl.load(gradient + row)
-    return value if largest is None else value / tl.load(largest)
+    value = 0.0
+    if gradient is not None:
+        value = tl.load(gradient + row)
+        if largest is not None:
+            value /= tl.load(largest)
+    return value
 
 
 @triton.jit
-def _write_gradient(row, out, bias, column, classes, scale, m, constant, linear, even, id, at_id, MASKED: tl.constexpr):
+def _write_gradient(row, bias, column, classes, scale, m, constant, linear, even, id, at_id, MASKED: tl.constexpr):
     d = _logits(row, bias, column, classes, MASKED) * scale - m
     dx = tl.exp(d) * (constant + linear * tl.maximum(d, FAR_BELOW)) + even + tl.where(column == id, at_id, 0.0)
-    dx = dx.to(out.dtype.element_ty)
+    dx = dx.to(row.dtype.element_ty)
     if MASKED:
-        tl.store(out + column, dx, mask=column < classes)
+        tl.store(row + column, dx, mask=column < classes)
     else:
-        tl.store(out + column, dx)
+        tl.store(row + column, dx)
 
 
 @triton.jit(do_not_specialize=["classes", "stride", "ignore_index"])
@@ -185,22 +184,13 @@ def log_prob_backward_kernel(
         linear = -gain * h / z
         even = gain * _upstream(dmean_logit, row, largest) / classes
         at_id = gain * a
-        head, middle = _split(offset, classes, BLOCK)
+        whole = classes // BLOCK * BLOCK
         lane = tl.arange(0, BLOCK)
-        aligned = logits + tl.multiple_of(offset + head, VECTOR)
-        aligned_bias = None if bias is None else bias + head
-        for begin in range(0, middle, BLOCK):
-            _write_gradient(
-                *(aligned, aligned, aligned_bias, begin + lane, classes, scale, m, constant, linear, even),
-                *(id - head, at_id, False),
-            )
-        for begin in range(0, classes - middle, BLOCK):
-            column = begin + lane
-            column = tl.where(column < head, column, column + middle)
-            _write_gradient(
-                *(logits + offset, logits + offset, bias, column, classes, scale, m, constant, linear, even),
-                *(id, at_id, True),
-            )
+        x_row = logits + tl.multiple_of(offset, VECTOR)
+        for begin in range(0, whole, BLOCK):
+            _write_gradient(x_row, bias, begin + lane, classes, scale, m, constant, linear, even, id, at_id, False)
+        if whole < classes:
+            _write_gradient(x_row, bias, whole + lane, classes, scale, m, constant, linear, even, id, at_id, True)
     else:
         _write_zeros(logits, offset, classes, BLOCK)
 
@@ -210,70 +200,37 @@ def _tiles(classes: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": launch.warps(max(1, block // 256))}
 
 
-def linear_log_prob(
-    input: Tensor, weight: Tensor, ids: Tensor | None, bias: Tensor | None, scale: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """fasttune::linear_log_prob: log_prob (N,), empty without ids, logsumexp, entropy, mean_logit and top1 (N,), and
-    statistics (N, 3)."""
-    ids, bias, rows = None if ids is None else ids.contiguous(), float32(bias), input.shape[0]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=input.device)
-
-    log_prob, statistics = empty(0 if ids is None else rows), empty(rows, 3)
-    logsumexp, entropy, mean_logit, top1 = empty(rows), empty(rows), empty(rows), empty(rows, dtype=torch.int64)
-
-    def run_rows(part: tuple[int, int, int], logits: Tensor) -> None:
-        classes = logits.shape[1]
-        per_row = (None if ids is None else log_prob, logsumexp, entropy, mean_logit, top1, statistics)
-        log_prob_forward_kernel[(part[2],)](
-            *(logits, bias, narrowed(ids, part), *(narrowed(x, part) for x in per_row)),
-            *(classes, logits.stride(0), ignore_index, scale),
-            **_tiles(classes),
-        )
-
-    run_chunks(input, weight, run_rows, (False, False, False))
-    return log_prob, logsumexp, entropy, mean_logit, top1, statistics
-
-
-def _largest(upstream: Sequence[Tensor | None]) -> Tensor:
-    """Of all |upstream gradients|, a scalar on their device; 1 if they are all 0."""
-    largest = torch.stack([x.abs().max() for x in upstream if x is not None]).max()
-    return torch.where(largest == 0.0, 1.0, largest)
-
-
-def linear_log_prob_backward(
-    dlog_prob: Tensor | None,
-    dlogsumexp: Tensor | None,
-    dentropy: Tensor | None,
-    dmean_logit: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    ids: Tensor | None,
+def _rows_forward(
+    logits: Tensor,
     bias: Tensor | None,
-    statistics: Tensor,
     scale: float,
+    ids: Tensor | None,
     ignore_index: int,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """fasttune::linear_log_prob_backward: the gradients of input, weight and bias."""
-    ids, added = None if ids is None else ids.contiguous(), float32(bias)
-    upstream = [float32(x) for x in (dlog_prob, dlogsumexp, dentropy, dmean_logit)]
-    after = input.dtype == torch.float16 and input.shape[0] > 0 and any(x is not None for x in upstream)
-    largest = _largest(upstream) if after else None
+    results: Sequence[Tensor | None],
+) -> None:
+    rows, classes = logits.shape
+    log_prob_forward_kernel[(rows,)](
+        *(logits, bias, ids, *results, classes, logits.stride(0), ignore_index, scale), **_tiles(classes)
+    )
 
-    def run_rows(part: tuple[int, int, int], logits: Tensor) -> None:
-        classes = logits.shape[1]
-        per_row = (ids, statistics, *upstream)
-        log_prob_backward_kernel[(part[2],)](
-            *(logits, added, *(narrowed(x, part) for x in per_row), largest),
-            *(classes, logits.stride(0), ignore_index, scale, 1.0 if after else scale),
-            **_tiles(classes),
-        )
 
-    gradients = run_chunks(input, weight, run_rows, needs)
-    if largest is not None:
-        gradients = times(gradients, scale * largest)
-    dtypes = [None if like is None else like.dtype for like in (input, weight, bias)]
-    dinput, dweight, dbias = results(gradients, dtypes, input.device)
-    return dinput, dweight, dbias
+def _rows_backward(
+    logits: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    ids: Tensor | None,
+    ignore_index: int,
+    statistics: Tensor,
+    upstream: Sequence[Tensor | None],
+    largest: Tensor | None,
+    gain: float,
+) -> None:
+    rows, classes = logits.shape
+    log_prob_backward_kernel[(rows,)](
+        *(logits, bias, ids, statistics, *upstream, largest, classes, logits.stride(0), ignore_index, scale, gain),
+        **_tiles(classes),
+    )
+
+
+linear_log_prob = partial(forward, _rows_forward)
+linear_log_prob_backward = partial(backward, _rows_backward)

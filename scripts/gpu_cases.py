@@ -212,13 +212,17 @@ def _linear_cross_entropy(dtype: torch.dtype) -> Callable[[], Any]:
     return call
 
 
-def _linear_log_prob(dtype: torch.dtype) -> Callable[[], Any]:
+def _linear_log_prob(dtype: torch.dtype, entropy_alone: bool) -> Callable[[], Any]:
     def call() -> None:
         from fasttune.kernels import linear_log_prob
 
         x, weight, bias = (empty(*shape, dtype=dtype) for shape in ((ROWS, HIDDEN), (CLASSES, HIDDEN), (CLASSES,)))
         options = (x, weight, empty(ROWS, dtype=torch.int64), bias)
+        if entropy_alone:
+            options = (x, weight, None, None)
         *found, _, statistics = linear_log_prob.linear_log_prob(*options, 0.7, -100)
+        if entropy_alone:
+            found = [None, None, found[2], None]
         linear_log_prob.linear_log_prob_backward(*found, *options, statistics, 0.7, -100, True, True, True)
 
     return call
@@ -251,7 +255,8 @@ def loss_and_index_cases() -> Iterator[Case]:
         yield Case("cross_entropy", "", dtype, _cross_entropy(dtype, False))
         yield Case("cross_entropy", "weighted smooth", dtype, _cross_entropy(dtype, True))
         yield Case("linear_cross_entropy", "", dtype, _linear_cross_entropy(dtype))
-        yield Case("linear_log_prob", "", dtype, _linear_log_prob(dtype))
+        yield Case("linear_log_prob", "", dtype, _linear_log_prob(dtype, False))
+        yield Case("linear_log_prob", "entropy alone", dtype, _linear_log_prob(dtype, True))
         yield Case("embedding", "", dtype, _embedding(dtype))
         yield Case("packing", "", dtype, _packing(dtype))
 

@@ -87,7 +87,7 @@ def work(kernel: str, case: Case) -> Work | None:
         "bias_gelu_backward_kernel": Work(4 * hidden, 3 * size, 20, 0.0, 1),
         "cross_entropy_forward_kernel": Work(logits, (2 if chunk_step == 3 else 1) * size, 8 * chunk_step, 0.0, 2),
         "cross_entropy_backward_kernel": Work(logits, 2 * size, 8, 0.0, 1),
-        "log_prob_forward_kernel": Work(logits, size, 12, 0.0, 2),
+        "log_prob_forward_kernel": Work(logits, size, 14, 0.0, 1),
         "log_prob_backward_kernel": Work(logits, 2 * size, 8, 0.0, 1),
         "embedding_sum_kernel": Work(hidden, 4 * size + 24 / HIDDEN, 2),
         "run_sums_kernel": Work(hidden, 2 * size, 1),

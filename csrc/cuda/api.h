@@ -147,6 +147,43 @@ typedef struct {
 } fasttune_cross_entropy_backward_args;
 const char* fasttune_cuda_cross_entropy_backward(const fasttune_cross_entropy_backward_args*, void* stream);
 
+/* A row's logits are x = scale (logits + bias). */
+typedef struct {
+  int dtype;
+  int64_t rows, classes;
+  const void* logits; /* (rows, classes) */
+  int64_t logits_stride;
+  const float* bias; /* (classes,) or null */
+  float scale;
+  const int64_t* ids; /* (rows,) or null; outside [0, classes) and not ignore_index: NaN */
+  int64_t ignore_index;
+  float* log_prob;   /* (rows,), where there are ids */
+  float* logsumexp;  /* (rows,) */
+  float* entropy;    /* (rows,) */
+  float* mean_logit; /* (rows,) */
+  int64_t* top1;     /* (rows,) */
+  float* statistics; /* (rows, 3) largest x m, sum exp(x - m), sum p (x - m) */
+} fasttune_log_prob_args;
+const char* fasttune_cuda_log_prob(const fasttune_log_prob_args*, void* stream);
+
+typedef struct {
+  int dtype;
+  int64_t rows, classes;
+  void* logits; /* (rows, classes), replaced by their gradient times gain / scale, over the divisor */
+  int64_t logits_stride;
+  const float* bias;
+  float scale, gain;
+  const int64_t* ids;
+  int64_t ignore_index;
+  const float* statistics; /* (rows, 3) */
+  const float* dlog_prob;  /* upstream gradients (rows,), each null for zeros */
+  const float* dlogsumexp;
+  const float* dentropy;
+  const float* dmean_logit;
+  const float* divisor; /* (1,) of the upstream gradients, or null */
+} fasttune_log_prob_backward_args;
+const char* fasttune_cuda_log_prob_backward(const fasttune_log_prob_backward_args*, void* stream);
+
 /* A tensor (N, rows, H, D), or (rows, H, D) when packed, whose D is contiguous; strides in elements. */
 typedef struct {
   void* data;

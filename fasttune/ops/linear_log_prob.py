@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
 from fasttune.ops._checks import autocasts, check_device, check_integer, check_linear, check_number, describe
+from fasttune.ops._cuda import linear_log_prob as _cuda_linear_log_prob
 from fasttune.ops._indices import check_integers, check_range
 from fasttune.ops._linear_chunks import empty_gradients, rows_that_count, run_chunks
 from fasttune.ops._operator import Operator, must_be_traced
@@ -187,7 +188,11 @@ _linear_log_prob = Operator(
     "linear_log_prob",
     "(Tensor input, Tensor weight, Tensor? ids, Tensor? bias, float scale, int ignore_index)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_linear_log_prob, "triton": _triton.lazy("linear_log_prob", "linear_log_prob")},
+    {
+        "cpp": _cpp_linear_log_prob,
+        "triton": _triton.lazy("linear_log_prob", "linear_log_prob"),
+        "cuda": _cuda_linear_log_prob.linear_log_prob,
+    },
     _fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -198,7 +203,11 @@ _linear_log_prob_backward = Operator(
     "(Tensor? dlog_prob, Tensor? dlogsumexp, Tensor? dentropy, Tensor? dmean_logit, Tensor input, Tensor weight,"
     " Tensor? ids, Tensor? bias, Tensor statistics, float scale, int ignore_index, bool needs_input,"
     " bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
-    {"cpp": _cpp_backward, "triton": _triton.lazy("linear_log_prob", "linear_log_prob_backward")},
+    {
+        "cpp": _cpp_backward,
+        "triton": _triton.lazy("linear_log_prob", "linear_log_prob_backward"),
+        "cuda": _cuda_linear_log_prob.linear_log_prob_backward,
+    },
     _fake_backward,
     public=3,
 )
@@ -224,7 +233,7 @@ def linear_log_prob(
     ids: integers (...), each from 0 to V - 1 or ignore_index; None leaves log_prob out, and every row counts.
     scale: a finite number, the inverse of a temperature.
     ignore_index: rows with this id are 0 in every result and get gradient 0; on a CPU they cost no product.
-    backend: "cpp", "triton", "torch" or None to choose.
+    backend: "cpp", "triton", "cuda", "torch" or None to choose.
 
     Returns a LinearLogProb: results of shape (...), float32 (float64 for float64), top1 int64. All but top1 are
     differentiable, once; backward computes the logits again, in chunks.

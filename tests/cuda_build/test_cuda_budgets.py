@@ -30,6 +30,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         *("layer_norm_kernel", "layer_norm_backward_kernel", "column_sums_kernel"),
         *("bias_gelu_kernel", "bias_gelu_backward_kernel", "dropout_kernel"),
         *("cross_entropy_kernel", "cross_entropy_backward_kernel", "loss_sum_kernel"),
+        *("log_prob_kernel", "log_prob_backward_kernel"),
     }
     for name in names:
         variants = [kernel for kernel in kernels if kernel.kernel == name]

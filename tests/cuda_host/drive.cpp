@@ -242,6 +242,54 @@ void cross_entropy(int dtype, int64_t classes) {
   print(name, {&loss, &statistics, &loss_sum, &total, &logits});
 }
 
+void log_prob(int dtype, int64_t classes) {
+  const std::string name = label("log_prob", dtype, classes);
+  if (!wanted(name)) return;
+  const int64_t rows = 4, ids[] = {classes - 1, -100, 0, classes / 2};
+  Buffer logits(dtype, rows * classes), bias(FASTTUNE_F32, classes), statistics(FASTTUNE_F32, 3 * rows),
+      upstream(FASTTUNE_F32, rows), divisor(FASTTUNE_F32, 1);
+  Buffer found[] = {{FASTTUNE_F32, rows}, {FASTTUNE_F32, rows}, {FASTTUNE_F32, rows}, {FASTTUNE_F32, rows}};
+  int64_t top1[rows];
+  logits.random(5.0f);
+  bias.random();
+  upstream.random();
+  divisor.set(0, 0.75f);
+  const fasttune_log_prob_args args{dtype,
+                                    rows,
+                                    classes,
+                                    logits.data(),
+                                    classes,
+                                    bias.floats(),
+                                    0.5f,
+                                    ids,
+                                    -100,
+                                    found[0].floats(),
+                                    found[1].floats(),
+                                    found[2].floats(),
+                                    found[3].floats(),
+                                    top1,
+                                    statistics.floats()};
+  check(fasttune_cuda_log_prob(&args, nullptr));
+  const fasttune_log_prob_backward_args backward{dtype,
+                                                 rows,
+                                                 classes,
+                                                 logits.data(),
+                                                 classes,
+                                                 bias.floats(),
+                                                 0.5f,
+                                                 0.5f,
+                                                 ids,
+                                                 -100,
+                                                 statistics.floats(),
+                                                 upstream.floats(),
+                                                 found[0].floats(),
+                                                 upstream.floats(),
+                                                 found[2].floats(),
+                                                 divisor.floats()};
+  check(fasttune_cuda_log_prob_backward(&backward, nullptr));
+  print(name, {&found[0], &found[1], &found[2], &found[3], &statistics, &logits});
+}
+
 void attention(const char* operation, int dtype, int64_t sequences, int64_t queries, int64_t keys,
                int64_t heads, int64_t head_dim, std::vector<int> offsets, std::vector<int> query_offsets = {},
                std::vector<int> positions = {}) {
@@ -316,6 +364,8 @@ int main(int count, char** arguments) {
                true);
     cross_entropy(dtype, 3);
     cross_entropy(dtype, 5003);
+    log_prob(dtype, 3);
+    log_prob(dtype, 5003);
     attention("attention", dtype, 1, 70, 100, 1, 40, {});
     attention("attention_packed", dtype, 4, 110, 110, 1, 72, {0, 20, 20, 85, 110});
     attention("attention_chosen", dtype, 4, 6, 110, 1, 24, {0, 20, 20, 85, 110}, {0, 1, 1, 5, 6},

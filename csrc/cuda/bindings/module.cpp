@@ -247,6 +247,53 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
         check(fasttune_cuda_cross_entropy_backward(&args, pointer<void>(stream)));
       },
       without_gil);
+  module.def(
+      "log_prob",
+      [](int dtype, int64_t rows, int64_t classes, Address logits, int64_t logits_stride, Address bias,
+         double scale, Address ids, int64_t ignore_index, Address log_prob, Address logsumexp,
+         Address entropy, Address mean_logit, Address top1, Address statistics, Address stream) {
+        const fasttune_log_prob_args args{dtype,
+                                          rows,
+                                          classes,
+                                          pointer<const void>(logits),
+                                          logits_stride,
+                                          pointer<const float>(bias),
+                                          static_cast<float>(scale),
+                                          pointer<const int64_t>(ids),
+                                          ignore_index,
+                                          pointer<float>(log_prob),
+                                          pointer<float>(logsumexp),
+                                          pointer<float>(entropy),
+                                          pointer<float>(mean_logit),
+                                          pointer<int64_t>(top1),
+                                          pointer<float>(statistics)};
+        check(fasttune_cuda_log_prob(&args, pointer<void>(stream)));
+      },
+      without_gil);
+  module.def(
+      "log_prob_backward",
+      [](int dtype, int64_t rows, int64_t classes, Address logits, int64_t logits_stride, Address bias,
+         double scale, double gain, Address ids, int64_t ignore_index, Address statistics, Address dlog_prob,
+         Address dlogsumexp, Address dentropy, Address dmean_logit, Address divisor, Address stream) {
+        const fasttune_log_prob_backward_args args{dtype,
+                                                   rows,
+                                                   classes,
+                                                   pointer<void>(logits),
+                                                   logits_stride,
+                                                   pointer<const float>(bias),
+                                                   static_cast<float>(scale),
+                                                   static_cast<float>(gain),
+                                                   pointer<const int64_t>(ids),
+                                                   ignore_index,
+                                                   pointer<const float>(statistics),
+                                                   pointer<const float>(dlog_prob),
+                                                   pointer<const float>(dlogsumexp),
+                                                   pointer<const float>(dentropy),
+                                                   pointer<const float>(dmean_logit),
+                                                   pointer<const float>(divisor)};
+        check(fasttune_cuda_log_prob_backward(&args, pointer<void>(stream)));
+      },
+      without_gil);
   module.def("attention_shared_bytes", &fasttune_cuda_attention_shared_bytes);
   module.def(
       "attention_forward",
