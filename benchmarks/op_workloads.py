@@ -230,6 +230,43 @@ def linear_log_prob(rows: int, columns: int, classes: int, *, dtype: torch.dtype
     )
 
 
+def linear_max(
+    sequences: int, longest: int, columns: int, classes: int, *, dtype: torch.dtype, compiled: bool = False
+) -> Workload:
+    """SPLADE's pooling, log1p(relu(max)), of sequences from a quarter of the longest on. Stock takes them padded."""
+    torch.manual_seed(0)
+    lengths = torch.linspace(longest / 4, longest, sequences).long()
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
+    real = torch.arange(longest) < lengths[:, None]
+    padded = torch.randn(sequences, longest, columns).to(dtype)
+    weight, bias = (0.02 * torch.randn(classes, columns)).to(dtype), torch.zeros(classes).to(dtype)
+    upstream = torch.randn(sequences, classes).to(dtype)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.log1p(torch.relu(ops.linear_max(x, weight, offsets, linear_bias=bias)))
+
+    def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = F.linear(x, weight, bias).masked_fill(~real[..., None], -torch.inf)
+        return torch.log1p(torch.relu(logits.max(1).values))
+
+    peers = {"F.linear, max": stock}
+    if compiled:
+        peers[COMPILED] = torch.compile(stock)
+    packed = padded[real]
+    return Workload(
+        group="linear_max",
+        shape=f"{packed.shape[0]} of {sequences} x {longest}, {columns} x {classes}",
+        dtype=dtype_name(dtype),
+        sides={
+            OURS: forward_backward(ours, [packed, weight, bias], upstream),
+            **{name: forward_backward(peer, [padded, weight, bias], upstream) for name, peer in peers.items()},
+        },
+        products=lambda: [products.Product(packed.shape[0], columns, classes, transposed_b=True, dtype=dtype)],
+        kept_bytes=size(padded, weight),
+        memory=True,
+    )
+
+
 def embedding(tokens: int, columns: int, vocabulary: int, *, dtype: torch.dtype, compiled: bool = False) -> Workload:
     torch.manual_seed(0)
     ids, weight = torch.randint(vocabulary, (tokens,)), torch.randn(vocabulary, columns).to(dtype)
@@ -280,4 +317,7 @@ def workloads(quick: bool) -> dict[str, Maker]:
     )
     found["linear_cross_entropy-bfloat16"] = partial(linear_cross_entropy, rows // 8, columns, classes, dtype=bf16)
     found["linear_log_prob-float32"] = partial(linear_log_prob, rows // 4, columns, classes, dtype=fp32)
+    pooled = (3, 16, columns, 97) if quick else (16, 256, columns, 30522)
+    found["linear_max-float32"] = partial(linear_max, *pooled, dtype=fp32)
+    found["linear_max-bfloat16"] = partial(linear_max, *pooled, dtype=bf16)
     return found

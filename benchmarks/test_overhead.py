@@ -27,6 +27,7 @@ OPERATIONS = (
     "cross_entropy",
     "linear_cross_entropy",
     "linear_log_prob",
+    "linear_max",
 )
 
 
@@ -52,6 +53,7 @@ def _call(operation):
         "cross_entropy": lambda: partial(ops.cross_entropy, x, labels),
         "linear_cross_entropy": lambda: partial(ops.linear_cross_entropy, x, _numbers(5, 16), labels),
         "linear_log_prob": lambda: partial(ops.linear_log_prob, x, _numbers(5, 16), labels),
+        "linear_max": lambda: partial(ops.linear_max, x, _numbers(5, 16), torch.tensor([0, 1, 2])),
     }[operation]()
 
 

@@ -228,6 +228,18 @@ def _linear_log_prob(dtype: torch.dtype, entropy_alone: bool) -> Callable[[], An
     return call
 
 
+def _linear_max(dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import linear_max
+
+        x, weight, bias = (empty(*shape, dtype=dtype) for shape in ((ROWS, HIDDEN), (CLASSES, HIDDEN), (CLASSES,)))
+        offsets = empty(SEQUENCES + 1, dtype=torch.int32)
+        out, token = linear_max.linear_max(x, weight, bias, offsets)
+        linear_max.linear_max_backward(out, x, weight, bias, offsets, token, True, True, True)
+
+    return call
+
+
 def _embedding(dtype: torch.dtype) -> Callable[[], Any]:
     def call() -> None:
         from fasttune.kernels import embedding
@@ -257,6 +269,7 @@ def loss_and_index_cases() -> Iterator[Case]:
         yield Case("linear_cross_entropy", "", dtype, _linear_cross_entropy(dtype))
         yield Case("linear_log_prob", "", dtype, _linear_log_prob(dtype, False))
         yield Case("linear_log_prob", "entropy alone", dtype, _linear_log_prob(dtype, True))
+        yield Case("linear_max", "", dtype, _linear_max(dtype))
         yield Case("embedding", "", dtype, _embedding(dtype))
         yield Case("packing", "", dtype, _packing(dtype))
 

@@ -146,6 +146,19 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
             for name in ("log_prob", "logsumexp", "entropy", "mean_logit"):
                 sides = (partial(found, name, side, ids) for side in (backend, "torch"))
                 yield case(f"{name} V{classes}", *sides, inputs)
+    elif operation == "linear_max":
+        # Whole numbers: logits are exact in every dtype and mostly tied, so that all agree on the first winner.
+        offsets = torch.tensor([0, 20, 20, tokens - 7, tokens], dtype=torch.int32, device=device)
+        for classes in (1000, 30522) if big else (300,):
+            inputs = [
+                torch.randint(-1, 2, shape, device=device).to(dtype)
+                for shape in ((tokens, 80), (classes, 80), (classes,))
+            ]
+
+            def pooled(backend: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+                return torch.relu(ops.linear_max(x, weight, offsets, linear_bias=bias, backend=backend))
+
+            yield case(f"V{classes}", partial(pooled, backend), partial(pooled, "torch"), inputs)
     elif operation == "embedding":
         ids = torch.randint(0, 90, (4, tokens), device=device)
         types = (torch.arange(tokens, device=device) > tokens // 2).long().expand(4, tokens)

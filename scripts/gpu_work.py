@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from gpu_cases import CHOSEN, CLASSES, HIDDEN, ROWS, TOKENS, Case
+from gpu_cases import CHOSEN, CLASSES, HIDDEN, ROWS, SEQUENCES, TOKENS, Case
 
 MEMORY = 3.35e12  # bytes/s
 MATRIX = 989e12  # FLOP/s, bfloat16 and float16
@@ -89,6 +89,14 @@ def work(kernel: str, case: Case) -> Work | None:
         "cross_entropy_backward_kernel": Work(logits, 2 * size, 8, 0.0, 1),
         "log_prob_forward_kernel": Work(logits, size, 14, 0.0, 1),
         "log_prob_backward_kernel": Work(logits, 2 * size, 8, 0.0, 1),
+        # Of logits, dx and dw; the two products as if no tile of P were empty, dw as if no gradient were 0.
+        "linear_max_forward_kernel": Work(logits, (HIDDEN / CLASSES + HIDDEN / ROWS) * size, 6, 2 * HIDDEN),
+        "linear_max_dinput_kernel": Work(
+            hidden, (1 + CLASSES / ROWS) * size + 8 * CLASSES / TOKENS / HIDDEN, 3 * CLASSES / 128, 2 * CLASSES
+        ),
+        "linear_max_dweight_kernel": Work(
+            CLASSES * HIDDEN, (1 + ROWS / CLASSES) * size + 8 * SEQUENCES / HIDDEN, SEQUENCES
+        ),
         "embedding_sum_kernel": Work(hidden, 4 * size + 24 / HIDDEN, 2),
         "run_sums_kernel": Work(hidden, 2 * size, 1),
         "gather_rows_kernel": Work(hidden // 2, 2 * size, 0),

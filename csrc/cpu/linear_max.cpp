@@ -20,10 +20,12 @@
 // Gradients: multiply-adds with one load each, so what counts is where the loads come from. dw: a task is the
 // 16 classes that share a cache line of g and t, which are so read once. Rows of x are gathered, whole and
 // four at a time: four streams that the prefetcher follows, and the sum is loaded and stored once for four
-// products. N V C elements of x at most, mostly from L2 and L3 (x is T C), and V C of dw written once. dx:
-// the classes go by in chunks whose rows of w (kChunk C elements) stay in L2 while all sequences take what
-// they need of them: memory sees w once, not N times. In a chunk the classes of a sequence are grouped by
-// token (a counting sort, so in order), that dx_t is loaded and stored once a chunk and not for each product.
+// products. N V C elements of x at most, mostly from L2 and L3 (x is T C), and V C of dw written once. dx: a
+// task is 256 columns of a group of sequences. The classes go by in chunks whose columns of w (kChunk x 256)
+// stay in L2 while each sequence takes what it needs of them, so w is streamed once a group, not once a
+// sequence; there are no more groups than keep the threads busy. In a chunk the classes of a sequence are
+// grouped by token (a counting sort, so in order), that dx_t is loaded and stored once a chunk and not for
+// each product.
 //
 // Sums are taken in fp32 in two levels (64 terms of dw, a chunk of dx), as a product by blocks would, for a
 // token may win most of the vocabulary; db in fp64. The order of every sum is that of n or v alone: no bit
@@ -214,19 +216,23 @@ void input_gradient(const LinearMaxGradientArgs& args, int64_t sequence, int64_t
 }
 
 void linear_max_input_gradient(const LinearMaxGradientArgs& args) {
-  // Few sequences leave threads idle unless columns are split, which costs a sort each and changes no bit.
-  const int64_t split =
-      args.sequences < 4 * num_threads() ? kColumnBlock : std::max<int64_t>(1, args.features);
-  const int64_t pieces = (args.features + split - 1) / split;
-  for (int64_t first = 0; first < args.classes; first += kChunk) {
-    const int64_t last = std::min(args.classes, first + kChunk);
-    parallel_tasks(args.sequences * pieces, split, [&](int64_t task, float* fresh) FT_LAMBDA {
-      const int64_t sequence = task / pieces, column = task % pieces * split;
-      const int64_t width = std::min(split, args.features - column);
-      FASTTUNE_WITH_DTYPE(args.weight_dtype, W,
-                          input_gradient<W>(args, sequence, first, last, column, width, fresh));
-    });
-  }
+  // Just so many groups of sequences as keep the threads busy; the grouping changes no bit.
+  const int64_t pieces = (args.features + kColumnBlock - 1) / kColumnBlock;
+  const int64_t wanted = (2 * num_threads() + pieces - 1) / std::max<int64_t>(1, pieces);
+  const int64_t group = std::max<int64_t>(1, (args.sequences + wanted - 1) / wanted);
+  const int64_t groups = (args.sequences + group - 1) / group;
+  parallel_tasks(groups * pieces, kColumnBlock, [&](int64_t task, float* fresh) FT_LAMBDA {
+    const int64_t column = task % pieces * kColumnBlock,
+                  width = std::min(kColumnBlock, args.features - column);
+    const int64_t begin = task / pieces * group, end = std::min(args.sequences, begin + group);
+    for (int64_t first = 0; first < args.classes; first += kChunk) {
+      const int64_t last = std::min(args.classes, first + kChunk);
+      for (int64_t sequence = begin; sequence < end; ++sequence) {
+        FASTTUNE_WITH_DTYPE(args.weight_dtype, W,
+                            input_gradient<W>(args, sequence, first, last, column, width, fresh));
+      }
+    }
+  });
 }
 
 #include "cpu/simd/end.h"

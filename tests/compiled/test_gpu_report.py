@@ -55,6 +55,7 @@ def test_every_case_has_work_or_is_a_second_stage():
         "cross_entropy": "cross_entropy_backward_kernel",
         "linear_cross_entropy": "cross_entropy_forward_kernel",
         "linear_log_prob": "log_prob_backward_kernel",
+        "linear_max": "linear_max_forward_kernel",
         "embedding": "embedding_sum_kernel",
         "packing": "gather_rows_kernel",
     }

@@ -121,6 +121,11 @@ def log_probs():
     return found.log_prob + found.entropy
 
 
+def pooled_maxima():
+    offsets = gpu_cases.empty(3, dtype=torch.int32)
+    return ops.linear_max(leaf(128, 768), leaf(30522, 768), offsets, linear_bias=leaf(30522))
+
+
 def packing():
     batch = PackedBatch(integers(100), gpu_cases.empty(3, dtype=torch.int32), 64, (2, 64))
     return ops.unpack(ops.pack(leaf(2, 64, 768), batch)[0], batch)
@@ -136,6 +141,7 @@ STEPS = [
     loss,
     linear_loss,
     log_probs,
+    pooled_maxima,
     packing,
 ]
 

@@ -15,6 +15,7 @@ from fasttune.kernels import (
     layer_norm,
     linear_cross_entropy,
     linear_log_prob,
+    linear_max,
     packing,
 )
 
@@ -84,6 +85,13 @@ def log_probs(batch, tokens):
     linear_log_prob.linear_log_prob_backward(*found, *options, statistics, 0.7, -100, True, True, False)
 
 
+def pooled_maxima(batch, tokens):
+    x, weight, bias = empty(batch * tokens, 768, dtype=DTYPE), empty(30522, 768, dtype=DTYPE), empty(30522, dtype=DTYPE)
+    offsets = empty(batch + 1, dtype=torch.int32)
+    out, token = linear_max.linear_max(x, weight, bias, offsets)
+    linear_max.linear_max_backward(out, x, weight, bias, offsets, token, True, True, True)
+
+
 def lookups(batch, tokens):
     ids = empty(batch, tokens, dtype=torch.int64)
     tables = [empty(size, 768, dtype=DTYPE) for size in (30522, 2, 512)]
@@ -106,6 +114,7 @@ STEPS = [
     losses,
     linear_loss,
     log_probs,
+    pooled_maxima,
     lookups,
     packing_both_ways,
 ]

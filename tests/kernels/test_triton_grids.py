@@ -57,6 +57,7 @@ CASES = {
     "dropout": lambda: ops.dropout(zeros(ROWS, 2)),
     "dropout of a vector": lambda: ops.dropout(zeros(1024 * MANY)),
     "cross_entropy": lambda: ops.cross_entropy(zeros(ROWS, 2), labels(ROWS)),
+    "linear_max": lambda: ops.linear_max(zeros(2 * MANY, 1), zeros(3, 1), 2 * offsets(MANY)),
     "embedding": lambda: ops.embedding(labels(ROWS), zeros(5, 2)),
     "unpack": lambda: ops.unpack(*ops.pack(zeros(ROWS, 2, 1), torch.ones(ROWS, 2))),
 }

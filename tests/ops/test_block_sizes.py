@@ -4,6 +4,7 @@ Sizes come from the kernels' constants (tests/blocks.py): two or three whole blo
 stay below some of them, and a kernel that forgets each block's last row passes there.
 """
 
+import sys
 from functools import partial
 
 import pytest
@@ -239,6 +240,38 @@ def check_linear_log_prob(backend):
             assert_same_math(*sides, [logits, bias], ["logits", "bias"], SWEEP_SLACK)
 
 
+def check_linear_max(backend):
+    # C++: blocks of 1024 rows and 512 classes; strips of four vectors; for the weight's gradient 16 classes and folds
+    # of 64 sequences, for the input's 256 classes and 256 columns. Triton: 64 tokens, 64 classes and, for the gradients,
+    # 16 or 32 classes by 128 or 64 columns. Whole numbers: logits are exact, and all agree on the first of equal maxima.
+    linear_max = sys.modules["fasttune.ops.linear_max"]
+    block_rows, block_classes = linear_max.BLOCK_ROWS, linear_max.LOGITS_BLOCK_CLASSES
+    sequences, rows = either((2 * cpp("linear_max.cpp", "kTermsPerFold") + 3, 2 * block_rows + 3), (4, 2 * 64 + 5))
+    classes = either(max(2 * block_classes, 2 * cpp("linear_max.cpp", "kChunk")) + 43, 2 * 64 + 43)
+    features = either(2 * cpp("linear_max.cpp", "kColumnBlock") + 5, 2 * 128 + 5)
+    lengths = [rows - 2 * sequences - 1, *[1, 3, 0, 5] * sequences][:sequences]
+    lengths[-1] += rows + 40 - sum(lengths)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    shapes = (int(cu[-1]), features), (classes, features), (classes,)
+    inputs = [torch.randint(-1, 2, shape).float() for shape in shapes]
+    empty = torch.tensor(lengths)[:, None] == 0
+
+    def fused(*tensors):
+        x, weight, bias = tensors
+        out = ops.linear_max(x, weight, cu, linear_bias=bias, backend=backend)
+        return out.masked_fill(empty, 0.0)
+
+    def stock(*tensors):
+        parts = F.linear(*tensors).split(lengths)
+        return torch.stack([part.max(0).values if len(part) else part.sum(0) for part in parts])
+
+    def other_way(x, weight, bias):
+        order = torch.randperm(classes)
+        return stock(x, weight[order], bias[order])[:, order.argsort()]
+
+    assert_same_math(fused, stock, inputs, ["input", "weight", "bias"], SWEEP_SLACK, [other_way])
+
+
 def sdpa(causal):
     def function(query, key, value):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -312,6 +345,7 @@ CHECKS = {
     "cross_entropy": check_cross_entropy,
     "linear_cross_entropy": check_linear_cross_entropy,
     "linear_log_prob": check_linear_log_prob,
+    "linear_max": check_linear_max,
     "attention": check_attention,
     "packed attention": check_packed_attention,
 }

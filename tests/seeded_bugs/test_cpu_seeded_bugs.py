@@ -118,6 +118,23 @@ BUGS = [
     Bug("the slope of the GELU before the norm is left out", "layer_norm_gelu",
         "    if constexpr (A::before) ds = ds * load(slope_line + i, lanes);\n",
         "", "layer_norm_gelu::test_forward_and_gradients_match_the_reference", "simd/layer_norm.inc"),
+    Bug("a maximum forgets the rows of earlier blocks", "linear_max",
+        "const bool begins = args.offsets[sequence] >= args.first_row;",
+        "const bool begins = true;", "block_sizes::test_against_stock"),
+    Bug("the last of equal maxima wins", "linear_max",
+        "const M higher = exceeds(value, top[i]);",
+        "const M higher = exceeds(value + value - top[i] + set1(0.5f), value);",
+        "linear_max::test_ties_go_to_the_first_token"),
+    Bug("NaN is no maximum", "linear_max",
+        "const M higher = exceeds(value, top[i]);",
+        "const M higher = top[i] < value;", "linear_max::test_nan_and_infinity_as_torch_max_takes_them"),
+    Bug("three terms left over are lost", "linear_max",
+        "if (left == 3) add_some<3, true>(terms + k, source, stride, columns, from, total);",
+        "", "linear_max::test_matches_torch"),
+    Bug("the bias gradient counts sequences without tokens", "linear_max",
+        "if (g[v] == 0.0f || token[v] < 0",
+        "sums[v - first] += token[v] < 0 ? g[v] : 0.0f;\n      if (g[v] == 0.0f || token[v] < 0",
+        "linear_max::test_nothing_to_take_the_maximum_of"),
 ]
 # fmt: on
 
