@@ -242,8 +242,8 @@ def check_linear_log_prob(backend):
 
 def check_linear_max(backend):
     # C++: blocks of 1024 rows and 512 classes; strips of four vectors; for the weight's gradient 16 classes and folds
-    # of 64 sequences, for the input's 256 classes and 256 columns. Triton: 64 tokens, 64 classes and, for the gradients,
-    # 16 or 32 classes by 128 or 64 columns. Whole numbers: logits are exact, and all agree on the first of equal maxima.
+    # of 64 sequences, for the input's 256 classes and 256 columns. Triton: 64 tokens, 64 classes; for the gradients 16
+    # classes by 128 columns, 32 by 64. Whole numbers: logits are exact, and all agree on the first of equal maxima.
     linear_max = sys.modules["fasttune.ops.linear_max"]
     block_rows, block_classes = linear_max.BLOCK_ROWS, linear_max.LOGITS_BLOCK_CLASSES
     sequences, rows = either((2 * cpp("linear_max.cpp", "kTermsPerFold") + 3, 2 * block_rows + 3), (4, 2 * 64 + 5))
