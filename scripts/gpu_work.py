@@ -92,10 +92,10 @@ def work(kernel: str, case: Case) -> Work | None:
         # Of logits, dx and dw; the two products as if no tile of P were empty, dw as if no gradient were 0.
         "linear_max_forward_kernel": Work(logits, (HIDDEN / CLASSES + HIDDEN / ROWS) * size, 6, 2 * HIDDEN),
         "linear_max_dinput_kernel": Work(
-            hidden, (1 + CLASSES / ROWS) * size + 8 * CLASSES / TOKENS / HIDDEN, 3 * CLASSES / 128, 2 * CLASSES
+            hidden, (1 + CLASSES / ROWS) * size + (size + 4) * CLASSES / TOKENS / HIDDEN, 3 * CLASSES / 128, 2 * CLASSES
         ),
         "linear_max_dweight_kernel": Work(
-            CLASSES * HIDDEN, (1 + ROWS / CLASSES) * size + 8 * SEQUENCES / HIDDEN, SEQUENCES
+            CLASSES * HIDDEN, (1 + ROWS / CLASSES) * size + (size + 4) * SEQUENCES / HIDDEN, SEQUENCES
         ),
         "embedding_sum_kernel": Work(hidden, 4 * size + 24 / HIDDEN, 2),
         "run_sums_kernel": Work(hidden, 2 * size, 1),
