@@ -229,9 +229,9 @@ def _trl(kind: str, side: str, config: Any, batch: Batch) -> Step:
     return _stepper(model.parameters(), preference)
 
 
-def _row(shape: str, side: Callable[[str], Step], group: str = "training step", **notes: Any) -> Workload:
+def _row(shape: str, side: Callable[[str], Step], **notes: Any) -> Workload:
     return Workload(
-        group=group,
+        group="in a framework",
         shape=shape,
         dtype="float32",
         sides={name: partial(side, name) for name in (OURS, *STOCK)},
@@ -275,7 +275,7 @@ def workloads(quick: bool) -> dict[str, Callable[[], Workload]]:
     def encoding(order: str) -> Workload:
         side = partial(_encoding, folder=folder(AutoModel.from_config, "minilm"), lengths=lengths, order=order)
         label = f"MiniLM-6 encode, {len(lengths)} texts of {min(lengths)}–{max(lengths)} words, {order}"
-        return _row(label, side, "inference")
+        return _row(label, side)
 
     def smoothing(name: str, architecture: Any, settings: Any, batch: Batch, epsilon: float) -> Workload:
         inputs = batch.inputs(settings.vocab_size, "lm")

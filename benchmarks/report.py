@@ -19,7 +19,7 @@ from typing import Any
 import padding_plot
 from style import FASTTUNE, GREY, INK, STOCK
 
-STEP, OVERHEAD = "training step", "overhead"
+STEP, FRAMEWORK, OVERHEAD = "training step", "in a framework", "overhead"
 
 METHOD = """\
 Every row is a race in one process: each round runs every peer once, the needed matrix products once, and fasttune
@@ -96,6 +96,17 @@ def step_table(records: Sequence[dict[str, Any]]) -> str:
     return markdown_table([*header, "fasttune ÷ products", "stock ÷ products", "rounds"], rows)
 
 
+def framework_table(records: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for record in records:
+        best = record["peers"][record["best_peer"]]
+        told = ", ".join(f"{name.removeprefix('stock ')} {ms(peer['ms'])}" for name, peer in record["peers"].items())
+        ratio = f"**{best['ratio']:.2f}×** ({best['ratio_low']:.2f}–{best['ratio_high']:.2f})"
+        rows.append([record["shape"], record["dtype"], ms(record["ours_ms"]), told, ratio, str(record["rounds"])])
+    header = ["work", "dtype", "fasttune", "stock", "faster than the better one", "rounds"]
+    return markdown_table(header, rows)
+
+
 def operation_table(records: Sequence[dict[str, Any]]) -> str:
     rows = []
     for record in records:
@@ -161,7 +172,8 @@ def machine_lines(machines: Sequence[dict[str, Any]]) -> list[str]:
 def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
     steps = [record for record in records if record["group"] == STEP]
     overhead = [record for record in records if record["group"] == OVERHEAD]
-    operations = [record for record in records if record["group"] not in (STEP, OVERHEAD)]
+    frameworks = [record for record in records if record["group"] == FRAMEWORK]
+    operations = [record for record in records if record["group"] not in (STEP, FRAMEWORK, OVERHEAD)]
     parts = ["# Benchmarks"]
     if any(machine.get("quick") for machine in machines):
         parts.append("**A quick run on tiny shapes: it tries the harness, the figures mean nothing.**")
@@ -179,6 +191,15 @@ def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) 
         measured = [record for record in steps if "peak_memory" in record]
         if measured:
             parts += ["Peak memory of a step beyond weights, gradients and optimizer state:", memory_table(measured)]
+    if frameworks:
+        parts += [
+            "## In frameworks",
+            *machine_lines([record["machine"] for record in frameworks]),
+            "Steps of sentence-transformers, TRL, Trainer's label smoothing (0.0: the model's own loss) and an"
+            " encoder-decoder, from the collated batch to fused AdamW, and `encode`; default configurations (dropout"
+            " 0.1), random weights. Rerankers tokenize inside of their loss, `encode` tokenizes too.",
+            framework_table(frameworks),
+        ]
     if operations:
         parts += ["## Operations, forward and backward", *machine_lines([record["machine"] for record in operations])]
         parts.append("![speed-ups](benchmarks-operations.png)")
@@ -274,7 +295,7 @@ def write(sources: Sequence[Path], out: Path) -> Path:
     machines, records = load(sources)
     out.mkdir(parents=True, exist_ok=True)
     steps = [record for record in records if record["group"] == STEP]
-    operations = [record for record in records if record["group"] not in (STEP, OVERHEAD)]
+    operations = [record for record in records if record["group"] not in (STEP, FRAMEWORK, OVERHEAD)]
     if steps:
         plot_steps(steps, out / "benchmarks-steps.png")
         if padding_plot.rows_by_fill(steps):

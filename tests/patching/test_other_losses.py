@@ -226,3 +226,28 @@ def test_autocast_gives_float32_as_stock_does(dtype):
         found.append(loss)
     assert found[0].dtype == found[1].dtype
     torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("function", [F.cross_entropy, F.nll_loss])
+def test_logits_of_a_few_classes_are_computed_where_there_is_a_label(function, reduction):
+    stock = build("BertForTokenClassification")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    labels = inputs.pop("labels").reshape(-1)
+    weight = torch.tensor([0.5, 1.0, 2.0])
+    found = []
+    for model in (stock, ours):
+        logits = model(**inputs).logits
+        loss = function(logits.view(-1, 3), labels, weight=weight, reduction=reduction)
+        logits.retain_grad()
+        (loss**2).sum().backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters()), logits.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * max(1.0, a.abs().max().item()))
+
+
+def test_a_token_classifiers_own_loss_leaves_padding_out():
+    model = fasttune.patch(build("BertForTokenClassification"))
+    model(**batch_of(model, padding="right")).loss.backward()
+    assert "(reads)" not in str(fasttune.report(model))

@@ -51,10 +51,13 @@ def _cross_entropy(
     if not isinstance(input, PromisedRows) or not input.untouched() or torch.compiler.is_compiling():
         return NotImplemented
     state, logits = input.state, input.state.source
-    if not isinstance(logits, LinearRows) or size_average is not None or reduce is not None:
+    if size_average is not None or reduce is not None:
         return NotImplemented
     if target.is_floating_point() or target.shape != state.ids.shape or input.dim() != 2:
         return NotImplemented
+    if not isinstance(logits, LinearRows):
+        smoothing = {"label_smoothing": label_smoothing}
+        return of_labelled(F.cross_entropy, input, target, weight, ignore_index, reduction, **smoothing)
     logits.weights.check()
     logits.note()
     labelled = None
@@ -81,6 +84,30 @@ def _cross_entropy(
         loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)
     options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     return tapped(loss, input, lambda values: F.cross_entropy(values, target, reduction=reduction, **options))
+
+
+def of_labelled(
+    function: Callable[..., Tensor],
+    input: PromisedRows,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    **more: Any,
+) -> Any:
+    """torch's loss of promised rows (R, C), of those that have a label: logits of a few classes, mostly."""
+    state = input.state
+    if not getattr(state.source, "select", True) or not state.rising:
+        return NotImplemented
+    labelled = places(target != ignore_index)
+    if labelled.numel() in (0, target.numel()):
+        return NotImplemented
+    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, **more}
+    rows = state.pick(state.ids[labelled.cpu()]).to(input.dtype)
+    loss = function(rows, target[labelled], **options)
+    if reduction == "none":
+        loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)
+    return tapped(loss, input, lambda values: function(values, target, **options))
 
 
 def tapped(result: Tensor, promised: PromisedRows, function: Callable[[Tensor], Tensor]) -> Tensor:

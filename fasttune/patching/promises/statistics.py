@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasttune import ops
-from fasttune.patching.promises.loss import LinearRows, _cross_entropy, tapped
+from fasttune.patching.promises.loss import LinearRows, _cross_entropy, of_labelled, tapped
 from fasttune.patching.promises.on_demand import OnDemand
 from fasttune.patching.promises.reads import Handler
 from fasttune.patching.promises.reductions import in_range, over_features, table_of
@@ -215,7 +215,10 @@ def _nll_loss(
     """After log_softmax: the cross-entropy of the logits."""
     source = _log_probs(input)
     if source is None or source.factor != 1 or input.dtype != source.promised.dtype:
-        return NotImplemented
+        plain = size_average is None and reduce is None and input.dim() == 2 and input.shape[:1] == target.shape
+        if not plain or not isinstance(input, PromisedRows) or not input.untouched() or torch.compiler.is_compiling():
+            return NotImplemented
+        return of_labelled(F.nll_loss, input, target, weight, ignore_index, reduction)
     logits: Any = source.promised
     if not torch.equal(logits.state.ids.reshape(-1), input.state.ids.reshape(-1)):
         return NotImplemented
