@@ -165,8 +165,12 @@ def test_evaluation(rows_of_mlps):
     assert rows_of_mlps == [int(inputs["attention_mask"].sum()), 4]
     lm = fasttune.patch(build("GPT2LMHeadModel").eval())
     rows_of_mlps.clear()
-    lm(**few_labels(batch_of(lm)))
+    with torch.no_grad():
+        lm(**few_labels(batch_of(lm)))
     assert len(set(rows_of_mlps)) == 1  # evaluation returns all logits
+    rows_of_mlps.clear()
+    lm(**few_labels(batch_of(lm)))
+    assert rows_of_mlps[-1] < rows_of_mlps[0]  # where gradients are recorded, those without a label wait
 
 
 ASIDES = {

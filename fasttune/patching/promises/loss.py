@@ -97,8 +97,8 @@ def of_labelled(
 ) -> Any:
     """torch's loss of promised rows (R, C), of those that have a label: logits of a few classes, mostly."""
     state = input.state
-    if not getattr(state.source, "select", True) or not state.rising:
-        return NotImplemented
+    if not getattr(state.source, "select", True) or not state.rising or not state.source.moment.gradient:
+        return NotImplemented  # in evaluation somebody will look at all logits
     labelled = places(target != ignore_index)
     if labelled.numel() in (0, target.numel()):
         return NotImplemented

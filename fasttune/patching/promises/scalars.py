@@ -113,7 +113,7 @@ class _Paired(RowSource):
         self.a, self.b, self.function = a, b, function
         self.count, self.features, self.device, self.padded = a.count, 1, a.device, a.padded
         self.dtype = torch.promote_types(a.dtype, b.dtype)
-        self.leaves = a.leaves + b.leaves
+        self.leaves = tuple(leaf for source in (a, b) if source.moment.gradient for leaf in source.leaves)
         self._shelves_below = a.shelf(), b.shelf()
         super().__init__(())
 

@@ -191,7 +191,8 @@ class MappedRows(RowSource):
         self.count, self.features, self.dtype, self.device = source.count, features, dtype, source.device
         self.tied, self.padded = source.tied, source.padded
         self._shelf_below = source.shelf()  # what is computed there is still to be read
-        self.leaves = source.leaves + tuple(w for w in weights if w is not None and w.requires_grad)
+        below = source.leaves if source.moment.gradient else ()
+        self.leaves = below + tuple(w for w in weights if w is not None and w.requires_grad)
         super().__init__(weights)
 
     def anew(self) -> RowSource:
