@@ -1,5 +1,7 @@
 """The example scripts run from end to end, patched and stock, on tiny models."""
 
+import importlib
+
 import demo
 import finetune_bert
 import finetune_gpt2
@@ -35,6 +37,24 @@ def test_finetune_gpt2(patch, capsys):
     assert "perplexity before" in printed
     assert "perplexity after" in printed
     assert "\nThe" in printed
+
+
+@pytest.mark.parametrize("side", ["stock", "fasttune"])
+@pytest.mark.parametrize("name", ["finetune_embeddings", "finetune_reranker", "sft_gpt2_trl"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_what_frameworks_train(tiny_bert, name, side, capsys):
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("trl")
+    tiny = {
+        "finetune_embeddings": ["--model", str(tiny_bert), "--max-length", "16"],
+        "finetune_reranker": ["--model", str(tiny_bert), "--max-length", "16", "--queries", "3"],
+        "sft_gpt2_trl": ["--layers", "1", "--width", "64", "--vocab-size", "300", "--length", "64"],
+    }[name]
+    script = importlib.import_module(name)
+    script.main([*tiny, "--steps", "2", "--batch-size", "4", "--side", side])
+    printed = capsys.readouterr().out
+    assert f"{side:9} 2 steps in" in printed
+    assert "before" in printed
 
 
 def test_batches_are_the_same_every_time():

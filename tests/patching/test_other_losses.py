@@ -14,6 +14,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import fasttune
 from fasttune import ops
+from fasttune.patching.promises.scalars import PromisedScalars
+from fasttune.patching.promises.tensor import PromisedRows
 
 HEADS = ["BertForMaskedLM", "GPT2LMHeadModel", "BertForTokenClassification"]
 
@@ -168,14 +170,88 @@ def test_a_checkpoint_around_the_loss(name, reentrant):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
-def test_who_asks_for_the_gradient_of_log_probabilities_too_late_is_told():
+def values_of(tensor):
+    ours = isinstance(tensor, (PromisedRows, PromisedScalars))
+    return (tensor.materialize() if ours else tensor).detach()
+
+
+def rounding(dtype):
+    """Of sums over the features and classes of a tiny model, some 2^7 terms."""
+    return 2**7 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) if dtype != torch.bfloat16 else 2**-7
+
+
+LATE = {
+    "log-probabilities": lambda log_p, labels: (log_p, log_p.gather(-1, labels)),
+    "a view's": lambda log_p, labels: (log_p, log_p[:, :4].gather(-1, labels[:, :4])),
+    "a class's": lambda log_p, labels: (picked := log_p.gather(-1, labels), picked.masked_fill(labels < 50, 0)),
+    "a class's, negative": lambda log_p, labels: (picked := log_p.gather(-1, labels), -picked),
+    "scalars": lambda log_p, labels: (picked := log_p.gather(-1, labels).squeeze(-1), picked[labels[..., 0] < 50]),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_who_asks_for_a_gradient_too_late_is_told(name):
     model = fasttune.patch(build("BertForMaskedLM"))
     inputs = batch_of(model, padding="right")
-    labels = inputs.pop("labels")
-    log_p = model(**inputs).logits.log_softmax(-1)
-    log_p.gather(-1, labels.clamp(min=0)[..., None])
+    labels = inputs.pop("labels").clamp(min=0)[..., None]
+    watched, _ = LATE[name](model(**inputs).logits.log_softmax(-1), labels)
     with pytest.raises(RuntimeError, match="was asked for after something was made of them"):
+        watched.retain_grad()
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_who_asks_in_time_gets_the_gradient(name):
+    stock = build("BertForMaskedLM")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    labels = inputs.pop("labels").clamp(min=0)[..., None]
+    grads = []
+    for model in (stock, ours):
+        log_p = model(**inputs).logits.log_softmax(-1)
         log_p.retain_grad()
+        (LATE[name](log_p, labels)[1] ** 2).sum().backward()
+        grads.append(log_p.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5 * grads[0].abs().max().item())
+
+
+def test_how_a_function_is_called_changes_nothing():
+    stock = build("BertForMaskedLM")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    labels = inputs.pop("labels").clamp(min=0)[..., None]
+
+    def results(logits):
+        log_p = logits.log_softmax(dim=-1)
+        out = torch.empty(0)
+        torch.sum(log_p.detach(), -1, out=out)
+        picked = log_p.gather(dim=-1, index=labels).squeeze(-1)
+        torch.gather(log_p.detach(), -1, labels, out=(gathered := torch.empty(0)))
+        return (
+            *(out, gathered, torch.sum(log_p, axis=-1), torch.neg(input=picked), torch.log1p(logits.relu(), out=None)),
+            *(torch.mul(picked, 2.0), picked.to("cpu").double(), picked.to(torch.bfloat16), 2.0 - picked, picked**2),
+            *(picked - 0.5 * picked, labels[..., 0] * picked, torch.logsumexp(input=logits, dim=(-1,))),
+        )
+
+    for a, b in zip(results(stock(**inputs).logits), results(ours(**inputs).logits), strict=True):
+        assert (a.dtype, a.shape, a.requires_grad) == (b.dtype, b.shape, b.requires_grad)
+        torch.testing.assert_close(values_of(b), a.detach(), rtol=rounding(a.dtype), atol=1e-5)
+
+
+@pytest.mark.parametrize("around", ["the call", "the loss"])
+@pytest.mark.parametrize("name", ["smoothed", "mean_of_masked", "with_z_loss", "uniform", "nll"])
+def test_autocast_where_the_loss_is_decides_its_dtype(name, around):
+    stock = build("BertForMaskedLM")
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    labels = inputs.pop("labels")
+    losses = []
+    for model in (stock, ours):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around == "the call"):
+            logits = model(**inputs).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around == "the loss"):
+            losses.append(LOSSES[name](logits, labels))
+    assert losses[0].dtype == losses[1].dtype
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
 
 
 def test_log_probabilities_read_whole_are_stocks():

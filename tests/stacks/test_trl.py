@@ -100,6 +100,33 @@ def test_a_model_that_is_not_patched_gets_trls_own_function():
     assert "ChunkedLogProb" in str(_nodes(loss.grad_fn))
 
 
+def test_a_function_with_other_arguments_is_left_alone(monkeypatch):
+    import trl.trainer.utils as module
+
+    from fasttune.patching.promises.trl import FusedHead, recognise
+
+    class Other(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, labels):
+            return hidden
+
+    monkeypatch.setattr(module, "_fasttune_unknown", False, raising=False)
+    monkeypatch.setattr(module, "_ChunkedLogProbFunction", Other)
+    recognise()
+    assert module._ChunkedLogProbFunction is Other
+    monkeypatch.setattr(module, "_fasttune_unknown", False)
+    monkeypatch.setattr(module, "_ChunkedLogProbFunction", trl_kernel())
+    recognise()
+    assert isinstance(module._ChunkedLogProbFunction, FusedHead)
+    assert module._ChunkedLogProbFunction.forward is trl_kernel().forward
+
+
+def trl_kernel():
+    from trl.kernels import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction
+
+
 def _nodes(node):
     seen, todo = set(), [node]
     while todo:

@@ -82,8 +82,10 @@ def _cross_entropy(
         )
     if labelled is not None and reduction == "none":
         loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)
+    if not torch.is_autocast_enabled(input.device.type):  # which may be another than when the logits were promised
+        loss = loss.to(input.dtype)
     options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    return tapped(loss, input, lambda values: F.cross_entropy(values, target, reduction=reduction, **options))
+    return tapped(loss, input, lambda values: F.cross_entropy(values, target, reduction=reduction, **options), target)
 
 
 def of_labelled(
@@ -107,17 +109,17 @@ def of_labelled(
     loss = function(rows, target[labelled], **options)
     if reduction == "none":
         loss = loss.new_zeros(target.shape).index_copy(0, labelled, loss)
-    return tapped(loss, input, lambda values: function(values, target, **options))
+    return tapped(loss, input, lambda values: function(values, target, **options), target)
 
 
-def tapped(result: Tensor, promised: PromisedRows, function: Callable[[Tensor], Tensor]) -> Tensor:
+def tapped(result: Tensor, promised: PromisedRows, function: Callable[[Tensor], Tensor], *saved: Tensor) -> Tensor:
     """A result that was computed without the values of a promised tensor, with an edge to it; function(values) computes
-    the same from them."""
+    the same from them. saved: what else it uses of the caller's, that autograd notices if it is written to."""
     if not result.requires_grad or promised.own_node is None:
         return result
     for link in promised.state.chain():
         link.used = True
-    tap: Tensor = _Tap.apply(result, promised, promised.state, function)
+    tap: Tensor = _Tap.apply(result, promised, promised.state, function, *saved)
     return tap
 
 
@@ -127,19 +129,21 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, result: Tensor, promised: Tensor, state: State, function: Callable[[Tensor], Tensor]
+        ctx: Any, result: Tensor, promised: Tensor, state: State, function: Callable[[Tensor], Tensor], *saved: Tensor
     ) -> Tensor:
         ctx.state, ctx.function = state, function
+        ctx.save_for_backward(*saved)
         return result.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        unused = (None,) * (2 + len(ctx.saved_tensors))
         if not any(state.watched for state in ctx.state.chain()):
-            return grads[0], None, None, None
+            return grads[0], None, *unused
         values = ctx.state.materialize().detach().requires_grad_()
         with torch.enable_grad():
             result = ctx.function(values)
-        return None, torch.autograd.grad(result, values, grads[0])[0], None, None
+        return None, torch.autograd.grad(result, values, grads[0])[0], *unused
 
 
 def _precision(logits: LinearRows, dtype: torch.dtype, hidden_dtype: torch.dtype) -> AbstractContextManager[Any]:

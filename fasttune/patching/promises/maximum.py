@@ -17,9 +17,9 @@ from fasttune import ops
 from fasttune.patching.promises.later import Later
 from fasttune.patching.promises.loss import LinearRows, tapped
 from fasttune.patching.promises.on_demand import OnDemand
-from fasttune.patching.promises.reads import Handler
+from fasttune.patching.promises.reads import Handler, before
 from fasttune.patching.promises.source import MappedRows, on
-from fasttune.patching.promises.statistics import before, promised_logits
+from fasttune.patching.promises.statistics import promised_logits
 from fasttune.patching.promises.tensor import PromisedRows, State
 
 
@@ -40,6 +40,7 @@ class ActivatedRows(MappedRows):
         self.promised, self.kept, self.activations, self.relu = promised, kept, activations, relu
         logits, self.cast = promised.state.source, promised.dtype
         super().__init__(logits, lambda rows, ids: self.through(rows.to(self.cast)), (), logits.features, self.cast)
+        self.late = False
 
     def compute(self, ids: Tensor | None) -> Tensor:
         if self.kept is None:
@@ -62,7 +63,7 @@ class ActivatedRows(MappedRows):
 
 
 def _activated(promised: Any) -> ActivatedRows | None:
-    if not isinstance(promised, PromisedRows) or not promised.untouched() or promised.state.lent:
+    if not isinstance(promised, PromisedRows) or not promised.untouched():
         return None
     source = promised.state.source
     return source if isinstance(source, ActivatedRows) and promised_logits(source.promised) is not None else None
@@ -90,8 +91,11 @@ def _through(activation: Callable[[Tensor], Tensor], *, in_place: bool = False, 
     """After a mask, or after another of these."""
 
     def handler(promised: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or any(kwargs.values()) or (source := _activated(promised)) is None:
-            if not relu or args or any(kwargs.values()) or promised_logits(promised) is None:
+        if args or set(kwargs) - {"inplace"} or kwargs.get("inplace"):
+            return NotImplemented
+        source = _activated(promised)
+        if source is None:
+            if not relu or promised_logits(promised) is None:
                 return NotImplemented
             source = ActivatedRows(promised, None)
         state = promised.state

@@ -41,6 +41,16 @@ def _of_rows(value: Any) -> bool:
     return state.everything or (state.rising and state.ids.dim() >= 2)
 
 
+def before(first: Handler, then: Handler | None) -> Handler:
+    """first, and where it does not know, then."""
+
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        found = first(*args, **kwargs)
+        return found if found is not NotImplemented or then is None else then(*args, **kwargs)
+
+    return handler
+
+
 # Rows that are chosen
 
 
@@ -236,7 +246,7 @@ def _masked_fill(promised: PromisedRows, mask: Tensor, value: Any) -> Any:
 
 def _masked_fill_(promised: PromisedRows, mask: Tensor, value: Any) -> Any:
     """In place: from now on these are its values."""
-    if not _fresh(promised) or promised.state.viewed is not None or promised.state.lent:
+    if not _fresh(promised) or promised.state.viewed is not None:
         return NotImplemented
     filled = _masked_fill(promised, mask, value)
     if filled is NotImplemented:
@@ -388,7 +398,7 @@ def _watch(name: str) -> Handler:
     def handler(promised: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(promised, PromisedRows):
             return NotImplemented
-        if promised.state.lent:
+        if promised.state.too_late():
             raise RuntimeError(WATCHED)
         promised.state.watched = True
         with torch._C.DisableTorchFunctionSubclass():
@@ -416,7 +426,7 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     for tensor in wanted:
         nodes = [tensor]
         if isinstance(tensor, PromisedRows):
-            if tensor.state.lent:
+            if tensor.state.too_late():
                 raise RuntimeError(WATCHED)
             tensor.state.watched = True
             if tensor.state.value is not None and tensor.state.value.requires_grad:

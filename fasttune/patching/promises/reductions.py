@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasttune.patching.promises.on_demand import OnDemand
-from fasttune.patching.promises.reads import Handler, _of_rows
+from fasttune.patching.promises.reads import Handler, _of_rows, before
 from fasttune.patching.promises.scalars import squeezed
 from fasttune.patching.promises.source import on
 from fasttune.patching.promises.tensor import PromisedRows
@@ -35,18 +35,23 @@ def in_range(index: Tensor, size: int) -> bool:
     return index.device.type != "cpu" or index.numel() == 0 or 0 <= int(index.min()) <= int(index.max()) < size
 
 
-def _softmax(function: Callable[..., Tensor]) -> Handler:
-    def handler(promised: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-        if not _of_rows(promised) or not over_features(promised, dim):
-            return NotImplemented
-        return promised.mapped(lambda rows, ids: function(rows, -1, dtype=dtype))
-
-    return handler
+def _log_softmax(promised: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    if not _of_rows(promised) or not over_features(promised, dim):
+        return NotImplemented
+    return _numbers(promised, lambda rows, ids: torch.log_softmax(rows, -1, dtype=dtype), promised.shape[-1])
 
 
-def _plain(handler: Handler) -> Handler:
-    """torch's and Tensor's softmax know no _stacklevel."""
+def plain(handler: Handler) -> Handler:
+    """torch's and Tensor's log_softmax know no _stacklevel."""
     return lambda promised, dim, dtype=None: handler(promised, dim, dtype=dtype)
+
+
+def _numbers(
+    promised: PromisedRows, function: Callable[[Tensor, Tensor | None], Tensor], features: int
+) -> PromisedRows:
+    rows = promised.mapped(function, features=features)
+    rows.state.source.late = False
+    return rows
 
 
 def _gather(promised: Any, dim: int, index: Tensor, **_: Any) -> Any:
@@ -57,9 +62,10 @@ def _gather(promised: Any, dim: int, index: Tensor, **_: Any) -> Any:
     if index.shape[-1] == 0 or not in_range(index, promised.shape[-1]):
         return NotImplemented
     table = table_of(promised, index)
-    return promised.mapped(
+    return _numbers(
+        promised,
         lambda rows, ids: rows.gather(-1, table if ids is None else table[on(ids, table.device)]),
-        features=index.shape[-1],
+        index.shape[-1],
     )
 
 
@@ -71,13 +77,11 @@ def _reduced(function: Callable[..., Tensor]) -> Handler:
             return NotImplemented
         if set(kwargs) - {"dtype"}:
             return NotImplemented
-        rows = promised.mapped(lambda rows, ids: function(rows, -1, True, **kwargs), features=1)
+        rows = _numbers(promised, lambda rows, ids: function(rows, -1, True, **kwargs), 1)
         return rows if keepdim else squeezed(rows)
 
     return handler
 
-
-LOG_SOFTMAX = _softmax(torch.log_softmax)
 
 _REDUCTIONS = (
     *((torch.sum, Tensor.sum), (torch.mean, Tensor.mean)),
@@ -85,17 +89,9 @@ _REDUCTIONS = (
 )
 
 _OWN: dict[Any, Handler] = {
-    F.log_softmax: LOG_SOFTMAX,
-    **dict.fromkeys((torch.log_softmax, Tensor.log_softmax), _plain(LOG_SOFTMAX)),
+    F.log_softmax: _log_softmax,
+    **dict.fromkeys((torch.log_softmax, Tensor.log_softmax), plain(_log_softmax)),
     **{name: _reduced(names[0]) for names in _REDUCTIONS for name in names},
+    **dict.fromkeys((torch.gather, Tensor.gather), before(_gather, PromisedRows.handlers[torch.gather])),
 }
 PromisedRows.handlers |= _OWN
-_rows_gathered = PromisedRows.handlers[torch.gather]
-
-
-def _gather_either(promised: Any, dim: int, index: Tensor, **more: Any) -> Any:
-    found = _gather(promised, dim, index, **more)
-    return _rows_gathered(promised, dim, index, **more) if found is NotImplemented else found
-
-
-PromisedRows.handlers |= dict.fromkeys((torch.gather, Tensor.gather), _gather_either)

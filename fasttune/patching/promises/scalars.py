@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fasttune.patching.promises.on_demand import OnDemand
 from fasttune.patching.promises.source import RowSource
-from fasttune.patching.promises.tensor import WATCHED, PromisedRows, materialized
+from fasttune.patching.promises.tensor import WATCHED, PromisedRows, materialized, positional
 
 
 class PromisedScalars(OnDemand):
@@ -50,10 +50,12 @@ class PromisedScalars(OnDemand):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = cls.handlers.get(func)
-        if handler is not None and isinstance(args[0], cls) and args[0].untouched():
+        args, kwargs = positional(args, kwargs)
+        scalars = args[0] if args else None
+        if handler is not None and isinstance(scalars, cls) and scalars.untouched() and kwargs.get("out") is None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
-                args[0].lent = True
+                scalars.lent = scalars.lent or result is not scalars
                 return result
         if func in _GRADIENTS and any(isinstance(arg, cls) and arg.lent for arg in args):
             raise RuntimeError(WATCHED)
@@ -112,6 +114,7 @@ class _Paired(RowSource):
     def __init__(self, a: RowSource, b: RowSource, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.a, self.b, self.function = a, b, function
         self.count, self.features, self.device, self.padded = a.count, 1, a.device, a.padded
+        self.late = a.late and b.late
         self.dtype = torch.promote_types(a.dtype, b.dtype)
         self.leaves = tuple(leaf for source in (a, b) if source.moment.gradient for leaf in source.leaves)
         self._shelves_below = a.shelf(), b.shelf()
@@ -142,7 +145,7 @@ def _paired(function: Callable[[Tensor, Tensor], Tensor], a: PromisedScalars, b:
         return NotImplemented
     if first.source.count != second.source.count:
         return NotImplemented
-    b.lent = first.lent = second.lent = True
+    b.lent = second.lent = True
     return squeezed(a.rows.with_source(_Paired(first.source, second.source, function)))
 
 
@@ -167,6 +170,10 @@ def _through(function: Callable[..., Any]) -> Callable[..., Any]:
         return squeezed(scalars.rows.mapped(lambda rows, ids: function(rows, *args, **kwargs)))
 
     return handler
+
+
+def _cast(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda scalars, *args, **kwargs: squeezed(function(scalars.rows, *args, **kwargs))
 
 
 def _view(scalars: PromisedScalars, *shape: Any) -> Any:
@@ -221,12 +228,9 @@ def _squeeze(scalars: PromisedScalars, dim: Any = None) -> Any:
 
 def _squeeze_rows(rows: Any, dim: Any = None) -> Any:
     """The only feature's dimension."""
-    ours = isinstance(rows, PromisedRows) and rows.untouched() and rows.shape[-1] == 1
-    return (
-        squeezed(rows)
-        if ours and type(dim) is int and dim in (-1, rows.dim() - 1) and rows.state.rising
-        else NotImplemented
-    )
+    if not isinstance(rows, PromisedRows) or not rows.untouched() or rows.shape[-1] != 1 or not rows.state.rising:
+        return NotImplemented
+    return squeezed(rows) if type(dim) is int and dim in (-1, rows.dim() - 1) else NotImplemented
 
 
 _GRADIENTS = {Tensor.register_hook, Tensor.retain_grad}
@@ -242,7 +246,8 @@ _ARITHMETIC = (
 _CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
 
 _OWN: dict[Any, Callable[..., Any]] = {
-    **{function: _through(function) for function in (*_ELEMENTWISE, *_CASTS)},
+    **{function: _through(function) for function in _ELEMENTWISE},
+    **{function: _cast(function) for function in _CASTS},
     **{function: _arithmetic(function) for function in _ARITHMETIC},
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _view),
     **dict.fromkeys((Tensor.masked_fill, torch.masked_fill), _masked_fill),

@@ -44,6 +44,7 @@ class RowSource:
     leaves: tuple[Tensor, ...] = ()
     tied: tuple[Tensor, Tensor] | None = None
     padded = False  # whether some rows are at padding, and so of little use to most readers
+    late = True  # whether its promise's gradient may be asked for after rows were read; else that raises
     holds_itself = False  # whether the rows are there for as long as the source is
 
     def __init__(self, weights: Iterable[Tensor | None]) -> None:
@@ -189,7 +190,7 @@ class MappedRows(RowSource):
     ) -> None:
         self.source, self.function = source, function
         self.count, self.features, self.dtype, self.device = source.count, features, dtype, source.device
-        self.tied, self.padded = source.tied, source.padded
+        self.tied, self.padded, self.late = source.tied, source.padded, source.late
         self._shelf_below = source.shelf()  # what is computed there is still to be read
         below = source.leaves if source.moment.gradient else ()
         self.leaves = below + tuple(w for w in weights if w is not None and w.requires_grad)

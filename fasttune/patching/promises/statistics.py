@@ -6,6 +6,7 @@ come to (ops.linear_log_prob) are computed once for the rows that are read, whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 from fasttune import ops
 from fasttune.patching.promises.loss import LinearRows, _cross_entropy, of_labelled, tapped
 from fasttune.patching.promises.on_demand import OnDemand
-from fasttune.patching.promises.reads import Handler
-from fasttune.patching.promises.reductions import in_range, over_features, table_of
+from fasttune.patching.promises.reads import Handler, before
+from fasttune.patching.promises.reductions import in_range, over_features, plain, table_of
 from fasttune.patching.promises.scalars import squeezed
 from fasttune.patching.promises.source import MappedRows, RowSource, on
 from fasttune.patching.promises.tensor import PromisedRows
@@ -82,6 +83,7 @@ class LogProbs(MappedRows):
             return torch.log_softmax(rows.to(promised.dtype), -1, dtype=dtype) * factor
 
         super().__init__(logits, function, (), logits.features, dtype)
+        self.late = False
 
 
 def promised_logits(promised: Any) -> LinearRows | None:
@@ -138,16 +140,21 @@ def _column(
 
         return tapped(combined(rows), logits, again)
 
-    promised.state.lent = promised is not logits
-    return promised.with_source(MappedRows(source, function, (), 1, dtype))
+    rows = MappedRows(source, function, (), 1, dtype)
+    rows.late = False
+    return promised.with_source(rows)
 
 
 def _log_softmax(promised: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
     if promised_logits(promised) is None or not over_features(promised, dim):
         return NotImplemented
-    moment = promised.state.source.moment
-    result = dtype or (torch.float32 if moment.autocast else promised.dtype)
+    result = _dtype(lambda rows: torch.log_softmax(rows, -1, dtype=dtype), promised)
     return promised.with_source(LogProbs(promised, result))
+
+
+def _dtype(function: Callable[[Tensor], Tensor], promised: PromisedRows) -> torch.dtype:
+    """Of what function makes here and now: autocast may be another than when the rows were promised."""
+    return function(torch.empty(0, 1, dtype=promised.dtype, device=promised.device)).dtype
 
 
 def _neg(promised: Any) -> Any:
@@ -172,34 +179,32 @@ def _gather(promised: Any, dim: int, index: Tensor, **_: Any) -> Any:
     return _column(promised, logits, statistics(promised, source, index), weights, promised.dtype)
 
 
-def _sum(promised: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Of log-probabilities over the classes, as label smoothing needs it."""
-    of_probs = _log_probs(promised)
-    if of_probs is None or dim is None or not over_features(promised, dim):
+def _over_classes(function: Callable[..., Tensor]) -> Handler:
+    """torch.sum, as label smoothing needs it, or torch.mean of log-probabilities over the classes."""
+
+    def handler(promised: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None, **more: Any) -> Any:
+        of_probs = _log_probs(promised)
+        if of_probs is None or dim is None or more or not over_features(promised, dim):
+            return NotImplemented
+        times = float(of_probs.factor * (promised.shape[-1] if function is torch.sum else 1))
+        result = _dtype(lambda rows: function(rows, -1, dtype=dtype), promised)
+        return _of_classes(promised, of_probs.promised, {MEAN_LOGIT: times, LOGSUMEXP: -times}, keepdim, result)
+
+    return handler
+
+
+def _logsumexp(promised: Any, dim: Any, keepdim: bool = False, **more: Any) -> Any:
+    if more or promised_logits(promised) is None or not over_features(promised, dim):
         return NotImplemented
-    times = float(of_probs.factor * promised.shape[-1])
-    return _of_classes(promised, of_probs.promised, {MEAN_LOGIT: times, LOGSUMEXP: -times}, keepdim, dtype)
-
-
-def _mean(promised: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    of_probs = _log_probs(promised)
-    if of_probs is None or dim is None or not over_features(promised, dim):
-        return NotImplemented
-    factor = float(of_probs.factor)
-    return _of_classes(promised, of_probs.promised, {MEAN_LOGIT: factor, LOGSUMEXP: -factor}, keepdim, dtype)
-
-
-def _logsumexp(promised: Any, dim: Any, keepdim: bool = False, *, out: Any = None) -> Any:
-    if out is not None or promised_logits(promised) is None or not over_features(promised, dim):
-        return NotImplemented
-    return _of_classes(promised, promised, {LOGSUMEXP: 1.0}, keepdim, None)
+    result = _dtype(lambda rows: torch.logsumexp(rows, -1), promised)
+    return _of_classes(promised, promised, {LOGSUMEXP: 1.0}, keepdim, result)
 
 
 def _of_classes(
-    promised: PromisedRows, logits: PromisedRows, weights: dict[int, float], keepdim: bool, dtype: Any
+    promised: PromisedRows, logits: PromisedRows, weights: dict[int, float], keepdim: bool, dtype: torch.dtype
 ) -> Any:
     source = statistics(promised, logits.state.source)  # type: ignore[arg-type]
-    rows = _column(promised, logits, source, weights, dtype or promised.dtype)
+    rows = _column(promised, logits, source, weights, dtype)
     return rows if keepdim else squeezed(rows)
 
 
@@ -225,27 +230,13 @@ def _nll_loss(
     return _cross_entropy(logits.view(input.shape), target, weight, size_average, ignore_index, reduce, reduction)
 
 
-def before(first: Handler, then: Handler | None) -> Handler:
-    """first, and where it does not know, then."""
-
-    def handler(*args: Any, **kwargs: Any) -> Any:
-        found = first(*args, **kwargs)
-        return found if found is not NotImplemented or then is None else then(*args, **kwargs)
-
-    return handler
-
-
-def _log_softmax_plain(promised: Any, dim: Any, dtype: Any = None) -> Any:
-    return _log_softmax(promised, dim, dtype=dtype)
-
-
 _OWN: dict[Any, Handler] = {
     F.log_softmax: _log_softmax,
-    **dict.fromkeys((torch.log_softmax, Tensor.log_softmax), _log_softmax_plain),
+    **dict.fromkeys((torch.log_softmax, Tensor.log_softmax), plain(_log_softmax)),
     **dict.fromkeys((torch.neg, Tensor.neg, Tensor.__neg__), _neg),
     **dict.fromkeys((torch.gather, Tensor.gather), _gather),
-    **dict.fromkeys((torch.sum, Tensor.sum), _sum),
-    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    **dict.fromkeys((torch.sum, Tensor.sum), _over_classes(torch.sum)),
+    **dict.fromkeys((torch.mean, Tensor.mean), _over_classes(torch.mean)),
     **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _logsumexp),
     F.nll_loss: _nll_loss,
 }

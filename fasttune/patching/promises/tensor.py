@@ -50,7 +50,7 @@ class State:
     everything: ids are 0, 1, 2, ...: all rows in order. rising: ids rise: rows were left out, none repeated or moved.
     viewed: the state of the tensor whose view stock would have returned; made_of: of the one it is a copy of.
     watched: somebody asked for its gradient. used: its values, or rows of its source, lie in a graph of somebody's.
-    lent: something was computed past it, whose gradient does not come through it.
+    lent: something was made of its source's rows, whose gradient does not come through it.
     taken: views of it exist.
     """
 
@@ -114,6 +114,10 @@ class State:
             return self.materialize()
         return State(self.source.anew(), self.ids, self.dtype, self.everything, self.rising).materialize()
 
+    def too_late(self) -> bool:
+        """Whether to ask for the gradient now would miss what was made before, and is to be refused."""
+        return not self.source.late and self.value is None and (self.lent or self.used)
+
     def chain(self) -> Iterator[State]:
         """This state and those that it was taken from."""
         state: State | None = self
@@ -154,6 +158,8 @@ class PromisedRows(OnDemand):
     def with_source(self, source: RowSource) -> PromisedRows:
         """The same rows of a source that is computed from this one's."""
         old = self.state
+        for link in old.chain():
+            link.lent = True
         state = State(source, old.ids, source.dtype, everything=old.everything, rising=old.rising)
         state.shelf = source.shelf()
         return _promised(state, source.leaves)
@@ -211,9 +217,10 @@ class PromisedRows(OnDemand):
         if func in cls.metadata:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        args, kwargs = positional(args, kwargs)
         first = args[0] if args else None
         handler = cls.handlers.get(func)
-        if handler is not None:
+        if handler is not None and kwargs.get("out") is None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -337,6 +344,13 @@ def _wrapper(state: State) -> PromisedRows:
 def _node_of(promised: PromisedRows) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return promised.grad_fn
+
+
+def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As handlers expect them: what torch's functions call input comes first."""
+    if args or "input" not in kwargs:
+        return args, kwargs
+    return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
 
 
 def _writes(func: Callable[..., Any]) -> bool:

@@ -9,6 +9,7 @@ on to it whatever is not a promise.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -17,20 +18,28 @@ from torch import Tensor
 
 from fasttune.patching.promises.reductions import in_range, table_of
 from fasttune.patching.promises.scalars import PromisedScalars
-from fasttune.patching.promises.source import MappedRows, on
+from fasttune.patching.promises.source import MappedRows
 from fasttune.patching.promises.statistics import ENTROPY, LOG_PROB, MEAN_LOGIT, TOP1, Statistics
 from fasttune.patching.promises.tensor import PromisedRows
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
 _KNOWN = {"entropy", "mean_logits", "is_top1", "log_probs"}
+_ARGUMENTS = (
+    *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
 
 
 def recognise() -> None:
-    """Binds the name, once TRL is imported."""
-    module = sys.modules.get(_MODULE)
+    """Binds the name, once TRL is imported, if its function takes the arguments that are known here."""
+    module: Any = sys.modules.get(_MODULE)
     stock = getattr(module, _NAME, None)
-    if stock is not None and not isinstance(stock, FusedHead):
+    if stock is None or isinstance(stock, FusedHead) or getattr(module, "_fasttune_unknown", False):
+        return
+    if tuple(inspect.signature(stock.forward).parameters) == _ARGUMENTS:
         setattr(module, _NAME, FusedHead(stock))
+    else:
+        module._fasttune_unknown = True
 
 
 class FusedHead:
@@ -38,6 +47,9 @@ class FusedHead:
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stock, name)
 
     def apply(
         self,
@@ -53,7 +65,7 @@ class FusedHead:
     ) -> Any:
         """hidden (N, C), weight (V, C), targets (N,): (log_prob, entropy, None, mean_logit, is_top1) of each row, None
         where not in outputs."""
-        if not _known(hidden, weight, targets) or softcap is not None or not set(outputs) <= _KNOWN:
+        if not _known(hidden, weight, bias, targets) or softcap is not None or not set(outputs) <= _KNOWN:
             rest = (softcap, logit_scale, outputs)
             return self.stock.apply(hidden, weight, bias, targets, temperature, chunk_size, *rest)
         table = table_of(hidden, targets[:, None])[:, 0]
@@ -62,8 +74,7 @@ class FusedHead:
         found = Statistics(source, source.head_weight(weight), bias, None, scale=scale, labels=table)
 
         def top1(rows: Tensor, ids: Tensor | None) -> Tensor:
-            labels = table if ids is None else table[on(ids, table.device)]
-            return rows[:, TOP1 : TOP1 + 1] == labels[:, None]
+            return rows[:, TOP1 : TOP1 + 1] == found.labels_at(ids)[:, None]  # type: ignore[index]
 
         def column(place: int) -> Any:
             return lambda rows, ids: rows[:, place : place + 1]
@@ -85,12 +96,14 @@ class FusedHead:
         )
 
 
-def _known(hidden: Any, weight: Any, targets: Tensor) -> bool:
+def _known(hidden: Any, weight: Any, bias: Any, targets: Tensor) -> bool:
     if not isinstance(hidden, PromisedRows) or not hidden.untouched() or torch.compiler.is_compiling():
         return False
     state, device = hidden.state, hidden.device
     if hidden.dim() != 2 or not state.rising or state.dtype != state.source.dtype or weight.device != device:
         return False
-    if type(weight) not in (Tensor, torch.nn.Parameter) or not getattr(state.source, "select", True):
+    if not all(type(x) in (Tensor, torch.nn.Parameter) for x in (weight, bias) if x is not None):
+        return False
+    if not getattr(state.source, "select", True):
         return False
     return targets.shape == state.ids.shape and targets.device == device and in_range(targets, weight.shape[0])
