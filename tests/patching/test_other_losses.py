@@ -327,3 +327,44 @@ def test_a_token_classifiers_own_loss_leaves_padding_out():
     model = fasttune.patch(build("BertForTokenClassification"))
     model(**batch_of(model, padding="right")).loss.backward()
     assert "(reads)" not in str(fasttune.report(model))
+
+
+def splade(logits, mask):
+    return torch.max((logits * mask).relu().log1p(), dim=1).values
+
+
+MAXIMA = {
+    "relu and log1p": lambda logits, mask: splade(logits, mask),
+    "no relu": lambda logits, mask: torch.max(logits * mask - 3.0 * mask, dim=1).values,
+    "nothing between": lambda logits, mask: torch.max(logits * mask, dim=1).values,
+    "weights for a mask": lambda logits, mask: splade(logits, mask * 0.5),
+    "a negative mask": lambda logits, mask: splade(logits, -mask),
+    "of a part": lambda logits, mask: splade(logits[:, 1:7], mask[:, 1:7]),
+    "without a mask": lambda logits, mask: logits.relu().log1p().amax(1),
+    "indices": lambda logits, mask: torch.max((logits * mask).relu(), dim=1).indices.to(logits.dtype),
+    "over the classes": lambda logits, mask: torch.max((logits * mask).relu(), dim=2).values,
+    "summed": lambda logits, mask: (logits * mask).relu().log1p().sum(1),
+    "two labels of one row": lambda logits, mask: torch.cat(
+        [logits.log_softmax(-1).gather(-1, torch.full_like(mask, n).long()) for n in (3, 70)], -1
+    ).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", MAXIMA)
+def test_maxima_and_their_neighbours_are_stocks(name):
+    """Logits far below zero, so that a masked token, which counts as zero, would be the largest."""
+    stock = build("BertForMaskedLM")
+    with torch.no_grad():
+        stock.cls.predictions.bias.sub_(1.5)
+    ours = fasttune.patch(copy.deepcopy(stock))
+    inputs = batch_of(stock, padding="right")
+    inputs.pop("labels")
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    found = []
+    for model in (stock, ours):
+        value = MAXIMA[name](model(**inputs).logits, mask)
+        if value.requires_grad:
+            (value**2).sum().backward()
+        found.append([value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * max(1.0, a.abs().max().item()))
