@@ -52,7 +52,8 @@ def examples(texts: Sequence[str]) -> Dataset:
 
 def trained(
     side: str, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, train: Dataset, held_out: Dataset
-) -> None:
+) -> tuple[float, float, float]:
+    """(seconds of training, held-out loss before, after)."""
     model = finetune_gpt2.load_model(tokenizer, args)
     if side == "fasttune":
         fasttune.patch(model)
@@ -84,8 +85,7 @@ def trained(
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        after = trainer.evaluate()["eval_loss"]
-    print(f"{side:9} {args.steps} steps in {seconds:.1f} s, held-out loss before {before:.3f}, after {after:.3f}")
+        return seconds, before, trainer.evaluate()["eval_loss"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, measure = examples(train), examples(held_out)
     print(f"{len(data)} passages to train on, {len(measure)} held out")
     for side in SIDES if args.side == "both" else (args.side,):
-        trained(side, args, tokenizer, data, measure)
+        seconds, before, after = trained(side, args, tokenizer, data, measure)
+        print(f"{side:9} {args.steps} steps in {seconds:.1f} s, held-out loss before {before:.3f}, after {after:.3f}")
 
 
 if __name__ == "__main__":

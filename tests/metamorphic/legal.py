@@ -43,7 +43,7 @@ RULES = {
 
 # Limits of a patched model.
 RULES |= {
-    "a hook on a promised tensor sees the gradients of its own readers, not of others who read its rows": (
+    "a hook that is put on a promised tensor between its readers would see a part of the gradient, and is refused": (
         lambda case: hooked in case.readers and (len(case.readers) > 1 or case.mode is REENTRANT_LAYERS)
     ),
 }

@@ -102,6 +102,7 @@ def source_of(hidden: Tensor) -> RowSource:
     if isinstance(hidden, PromisedRows):
         state = hidden.state
         if hidden.untouched() and state.everything and state.dtype == state.source.dtype:
+            state.note("lent")
             return state.source
         hidden = hidden.materialize()
     source = TensorRows(hidden)

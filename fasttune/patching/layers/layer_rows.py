@@ -65,6 +65,8 @@ class Frozen(Protocol):
 class LayerRows(RowSource):
     """layer(input) under a layout. dtype: of the output."""
 
+    puts_together = True
+
     def __init__(self, layer: Frozen, input: RowSource, layout: Layout, dtype: torch.dtype) -> None:
         self.layer, self.input, self.layout = layer, input, layout
         self.count, self.features = layout.shape[0] * layout.shape[1], input.features
@@ -104,11 +106,16 @@ class LayerRows(RowSource):
             with repeating(self.seeds):
                 rows, kept = self.layer.whole(hidden, self.layout)
             self._hold(kept)
+            self.origins.add(self._real_ids, rows)
         self._strong.clear()
-        return self.keep(None if self.layout.full else self.layout.real_ids, rows)
+        return self.keep(self._real_ids, rows)
+
+    @property
+    def _real_ids(self) -> Tensor | None:
+        return None if self.layout.full else self.layout.real_ids
 
     def _known_real(self) -> Tensor | None:
-        return self._known(None if self.layout.full else self.layout.real_ids)
+        return self._known(self._real_ids)
 
     def _alive(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values, if they are still there."""
@@ -151,7 +158,8 @@ class LayerRows(RowSource):
             options |= self._queries_at(places)
         with repeating(self.seeds):
             attended = ops.attention(self.layer.queries(rows, row_ids), key, value, **options)
-            return self.layer.finish(attended.flatten(1), rows, row_ids)
+            found = self.layer.finish(attended.flatten(1), rows, row_ids)
+        return self.part(self._real_ids if ids is None else ids, found)
 
     def _queries_at(self, places: Tensor) -> dict[str, Tensor]:
         """For attention: which packed rows (R,), rising, the queries are."""
@@ -191,7 +199,7 @@ class LayerRows(RowSource):
         if at_padding:
             self.input.check(ids)
         elif self._known_real() is None and self.input.is_gone(self.layout):
-            self.input.check(None if self.layout.full else self.layout.real_ids)
+            self.input.check(self._real_ids)
 
     @property
     def gone(self) -> bool:
@@ -251,8 +259,9 @@ class LayerRows(RowSource):
                 hidden = self.input.real(self.layout) if hidden is None else hidden
                 with repeating(self.seeds):
                     again, kept = self.layer.whole(hidden, self.layout)
+                self.part(self._real_ids, again)
                 alive = self.layer.kept(kept)
-            return again, self._padding_over(rows, ids, alive)
+            return again, self.part(ids, self._padding_over(rows, ids, alive))
 
     def _padding_over(self, rows: Tensor, ids: Tensor, keys_and_values: tuple[Tensor, Tensor]) -> Tensor:
         key, value = keys_and_values

@@ -117,8 +117,7 @@ def tapped(result: Tensor, promised: PromisedRows, function: Callable[[Tensor], 
     the same from them. saved: what else it uses of the caller's, that autograd notices if it is written to."""
     if not result.requires_grad or promised.own_node is None:
         return result
-    for link in promised.state.chain():
-        link.used = True
+    promised.state.note("used")
     tap: Tensor = _Tap.apply(result, promised, promised.state, function, *saved)
     return tap
 

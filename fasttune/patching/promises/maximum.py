@@ -103,7 +103,7 @@ def _through(activation: Callable[[Tensor], Tensor], *, in_place: bool = False, 
         rows = ActivatedRows(source.promised, source.kept, (*source.activations, activation), relu=source.relu or first)
         if not in_place:
             return promised.with_source(rows)
-        if state.viewed is not None or state.taken or isinstance(state.source, LinearRows):
+        if state.viewed is not None or state.derived or isinstance(state.source, LinearRows):
             return NotImplemented
         state.source, state.shelf = rows, rows.shelf()
         return promised
@@ -149,7 +149,7 @@ def _over_tokens(promised: PromisedRows, source: ActivatedRows) -> Tensor:
             promised.dtype
         )
         values = source.through(largest)
-    promised.state.lent = True
+    promised.state.note("lent")
     at = None if promised.state.everything else torch.isin(source.promised.state.ids.reshape(-1), ids.reshape(-1))
 
     def again(everything: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from fasttune import ops
 from fasttune.ops._random import draw_seed, repeating
+from fasttune.patching.promises.origins import TOO_LATE, Hook, spread
 from fasttune.patching.promises.source import on
-from fasttune.patching.promises.tensor import WATCHED, PromisedRows, materialized
+from fasttune.patching.promises.tensor import PromisedRows, materialized
 
 Handler = Callable[..., Any]
 
@@ -398,13 +399,23 @@ def _watch(name: str) -> Handler:
     def handler(promised: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(promised, PromisedRows):
             return NotImplemented
-        if promised.state.too_late():
-            raise RuntimeError(WATCHED)
-        promised.state.watched = True
+        state = promised.state
+        if state.too_late():
+            raise RuntimeError(TOO_LATE)
+        origins, hook = state.origins(), None
+        if origins is not None and name == "retain_grad":
+            origins.ask(state.shelf)
+        elif origins is not None and state.read_apart():
+            hook = Hook(*args, **kwargs)
+            origins.hook(hook, state.shape, state.dtype)
+            args, kwargs = (hook,), {}
+        elif state.value is not None and state.value.requires_grad:
+            getattr(state.value, name)(*args, **kwargs)
+        state.watched = True
         with torch._C.DisableTorchFunctionSubclass():
             own = getattr(Tensor, name)(promised, *args, **kwargs)
-        if promised.state.value is not None and promised.state.value.requires_grad:
-            getattr(promised.state.value, name)(*args, **kwargs)
+        if hook is not None:
+            hook.handle = own
         return own
 
     return handler
@@ -412,36 +423,61 @@ def _watch(name: str) -> Handler:
 
 def _grad_of(promised: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        own = promised.grad
-    value = promised.state.value
-    other = value.grad if value is not None and (value.is_leaf or value.retains_grad) else None
-    return own if other is None else other if own is None else own + other
+        grads = [promised.grad]
+    state = promised.state
+    origins, value = state.origins(), state.value
+    if origins is not None:
+        grads += [_whole(state, grad, ids) for ids, grad in origins.grads()]
+    elif value is not None and (value.is_leaf or value.retains_grad):
+        grads.append(value.grad)
+    return _sum(grads)
+
+
+def _whole(state: Any, grad: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """The gradient of some rows of a promised tensor's source as one of the tensor."""
+    if grad is None:
+        return None
+    shape = torch.Size((state.source.count, state.source.features))
+    matrix = spread(grad, ids, shape)
+    if not state.everything:
+        matrix = matrix.index_select(0, on(state.ids.reshape(-1), matrix.device))
+    return matrix.view(state.shape).to(state.dtype)
+
+
+def _sum(grads: list[Tensor | None]) -> Tensor | None:
+    found = [grad for grad in grads if grad is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """torch.autograd.grad with promised tensors among the inputs: what reaches their own nodes, and their values."""
     wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     asked: list[Tensor] = []
-    places: list[list[int]] = []  # of each wanted tensor's gradients among those asked for
+    # Where each wanted tensor's gradients are among those, and of which rows.
+    places: list[list[tuple[int, Any]]] = []
     for tensor in wanted:
-        nodes = [tensor]
+        nodes: list[tuple[Tensor, Any]] = [(tensor, None)]
         if isinstance(tensor, PromisedRows):
-            if tensor.state.too_late():
-                raise RuntimeError(WATCHED)
-            tensor.state.watched = True
-            if tensor.state.value is not None and tensor.state.value.requires_grad:
-                nodes.append(tensor.state.value)
-        places.append(list(range(len(asked), len(asked) + len(nodes))))
-        asked += nodes
+            state = tensor.state
+            if state.too_late():
+                raise RuntimeError(TOO_LATE)
+            state.watched = True
+            origins = state.origins()
+            if origins is not None:
+                nodes += [(rows, (state, ids)) for ids, rows in origins.alive()]
+            elif state.value is not None and state.value.requires_grad:
+                nodes.append((state.value, None))
+        places.append([(place, how) for place, (_, how) in enumerate(nodes, len(asked))])
+        asked += [node for node, _ in nodes]
     allow_unused = kwargs.pop("allow_unused", None)
     with torch._C.DisableTorchFunctionSubclass():
         found: Any = torch.autograd.grad(materialized(outputs), asked, *args, allow_unused=True, **kwargs)  # type: ignore[call-overload]
     result = []
     for at in places:
-        grads = [found[place] for place in at if found[place] is not None]
-        if not grads and not allow_unused and not kwargs.get("materialize_grads"):
+        grad = _sum([found[place] if how is None else _whole(how[0], found[place], how[1]) for place, how in at])
+        if grad is None and not allow_unused and not kwargs.get("materialize_grads"):
             raise RuntimeError("One of the differentiated tensors was not used in the graph; set allow_unused=True.")
-        result.append(sum(grads[1:], grads[0]) if grads else None)
+        result.append(grad)
     return tuple(result)
 
 

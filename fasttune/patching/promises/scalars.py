@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasttune.patching.promises.on_demand import OnDemand
+from fasttune.patching.promises.origins import TOO_LATE
 from fasttune.patching.promises.source import RowSource
-from fasttune.patching.promises.tensor import WATCHED, PromisedRows, materialized, positional
+from fasttune.patching.promises.tensor import PromisedRows, materialized, positional
 
 
 class PromisedScalars(OnDemand):
@@ -58,7 +59,7 @@ class PromisedScalars(OnDemand):
                 scalars.lent = scalars.lent or result is not scalars
                 return result
         if func in _GRADIENTS and any(isinstance(arg, cls) and arg.lent for arg in args):
-            raise RuntimeError(WATCHED)
+            raise RuntimeError(TOO_LATE)
         args, kwargs = _ready(args), _ready(kwargs)
         return func(*args, **kwargs)
 
@@ -145,7 +146,8 @@ def _paired(function: Callable[[Tensor, Tensor], Tensor], a: PromisedScalars, b:
         return NotImplemented
     if first.source.count != second.source.count:
         return NotImplemented
-    b.lent = second.lent = True
+    b.lent = True
+    second.note("lent")
     return squeezed(a.rows.with_source(_Paired(first.source, second.source, function)))
 
 

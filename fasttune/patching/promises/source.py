@@ -19,6 +19,7 @@ from torch.utils.weak import TensorWeakRef
 
 from fasttune.ops.packing import gather_rows
 from fasttune.patching.promises.moment import Moment, Weights
+from fasttune.patching.promises.origins import Origins
 
 if TYPE_CHECKING:
     from fasttune.patching.padding.layout import Layout
@@ -45,6 +46,7 @@ class RowSource:
     tied: tuple[Tensor, Tensor] | None = None
     padded = False  # whether some rows are at padding, and so of little use to most readers
     late = True  # whether its promise's gradient may be asked for after rows were read; else that raises
+    puts_together = False  # whether `compute` puts rows together that went through `part`
     holds_itself = False  # whether the rows are there for as long as the source is
 
     def __init__(self, weights: Iterable[Tensor | None]) -> None:
@@ -52,6 +54,7 @@ class RowSource:
         self.weights = Weights(weight for weight in weights if weight is not None)
         self._shelf: weakref.ref[Shelf] | None = None
         self._done: list[tuple[Tensor | None, TensorWeakRef]] = []
+        self.origins = Origins()
 
     def shelf(self) -> Shelf:
         """What keeps computed rows alive; belongs to the tensor that is handed out."""
@@ -71,7 +74,7 @@ class RowSource:
                 return known
             if ids is not None:
                 return self._with_others(ids)
-            return self.keep(None, self.compute(None))
+            return self.keep(None, self._computed(None))
 
     def read(self, ids: Tensor | None) -> Tensor:
         """As `rows`, for a reader who comes at any time: raises RuntimeError if a weight that these rows depend on was
@@ -92,7 +95,7 @@ class RowSource:
     def anew(self) -> RowSource:
         """The same rows, of which nothing that was computed since they were promised is used again."""
         twin = copy.copy(self)
-        twin._done, twin._shelf = [], None
+        twin._done, twin._shelf, twin.origins = [], None, Origins()
         return twin
 
     def head_weight(self, weight: Tensor) -> Tensor:
@@ -122,7 +125,21 @@ class RowSource:
             new = self._with_others(missing)
             order = torch.cat((among.nonzero(), (~among).nonzero())).squeeze(1).argsort()
             return torch.cat((old, new)).index_select(0, on(order, old.device))
-        return self.keep(ids, self.compute(ids))
+        return self.keep(ids, self._computed(ids))
+
+    def _computed(self, ids: Tensor | None) -> Tensor:
+        rows = self.compute(ids)
+        if not self.puts_together:
+            self.origins.add(ids, rows)
+        return rows
+
+    def part(self, ids: Tensor | None, rows: Tensor) -> Tensor:
+        """Rows that `compute` may put together with others."""
+        self.origins.add(ids, rows)
+        shelf = self._shelf() if self._shelf is not None else None
+        if shelf is not None and rows.requires_grad:
+            shelf.append(rows)
+        return rows
 
     def _known(self, ids: Tensor | None) -> Tensor | None:
         for had, reference in self._done:
@@ -209,7 +226,9 @@ class MappedRows(RowSource):
         self.source.check(ids)
 
     def compute(self, ids: Tensor | None) -> Tensor:
-        return self.function(self.source.rows(ids), ids)
+        rows = self.source.rows(ids)
+        mapped = self.function(rows, ids)
+        return mapped.view(mapped.shape) if mapped is rows else mapped  # the gradients of the two are not the same
 
 
 def on(ids: Tensor, device: torch.device) -> Tensor:

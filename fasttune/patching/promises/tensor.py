@@ -23,16 +23,12 @@ import torch
 from torch import Tensor
 
 from fasttune.patching.promises.on_demand import OnDemand
+from fasttune.patching.promises.origins import Origins
 from fasttune.patching.promises.source import MappedRows, RowSource, Shelf, on
 
 WRITTEN = (
     "fasttune: a slice of a tensor that is computed on demand (logits or hidden states in training) was written to."
     " Clone it first, or patch with fasttune.patch(model, loss=False, trim=False, packing=False)."
-)
-
-WATCHED = (
-    "fasttune: the gradient of values that are computed on demand was asked for after something was made of them."
-    " Ask before that, or patch with fasttune.patch(model, loss=False)."
 )
 
 OTHER = "other code"  # reads a promised tensor without saying what it does with it
@@ -51,7 +47,9 @@ class State:
     viewed: the state of the tensor whose view stock would have returned; made_of: of the one it is a copy of.
     watched: somebody asked for its gradient. used: its values, or rows of its source, lie in a graph of somebody's.
     lent: something was made of its source's rows, whose gradient does not come through it.
-    taken: views of it exist.
+    picked: some of its rows were read, as rows of the source.
+    itself: it was lent, used or picked from, not only what was taken from it. derived: how many views and casts it has.
+    version: of value, as it was computed.
     """
 
     source: RowSource
@@ -65,7 +63,10 @@ class State:
     watched: bool = False
     used: bool = False
     lent: bool = False
-    taken: bool = False
+    picked: bool = False
+    itself: bool = False
+    derived: int = 0
+    version: int = -1
     shelf: Shelf = field(default_factory=Shelf)
 
     @property
@@ -98,25 +99,51 @@ class State:
             else:
                 if self.everything:
                     self.source.told(reader)
-                rows = self.pick(None)
+                for link in self.chain():
+                    link.picked = link.picked or link is not self
+                self.itself = True
+                rows = self._rows(None)
                 with self.source.moment.again():
                     value = rows.view(self.shape).to(self.dtype)
                     # Whoever has the values may write to them: the source computes its own again, or keeps its few.
                     self.value = value if self.everything else value.clone()
                 if self.everything:
                     self.source.forget(rows)
+            self.version = _version(self.value)
         return self.value
 
     def anew(self) -> Tensor:
         """The values in a graph of their own, for whoever goes through it apart from others."""
         root = self.root()
-        if not (self.used or root.used):
+        if not (self.used or root.used or self.source.origins.wanted):
             return self.materialize()
         return State(self.source.anew(), self.ids, self.dtype, self.everything, self.rising).materialize()
 
     def too_late(self) -> bool:
         """Whether to ask for the gradient now would miss what was made before, and is to be refused."""
-        return not self.source.late and self.value is None and (self.lent or self.used)
+        if not self.source.late and self.value is None and (self.lent or self.used):
+            return True
+        return self.origins() is None and (self.lent or self.picked)
+
+    def origins(self) -> Origins | None:
+        """Where the gradient of what was made before can be had; None: in `value`, if anything was made."""
+        written = self.value is not None and _version(self.value) != self.version
+        if written or not self.rising or self.dtype != self.source.dtype:
+            return None
+        before = list(self.chain())[1:]
+        # What the source's rows got is this tensor's only if nobody read them but through it.
+        alone = self.everything and all(not state.itself and state.derived == 1 for state in before)
+        return self.source.origins if alone or not before else None
+
+    def read_apart(self) -> bool:
+        """Whether rows were read otherwise than as a part of `value`."""
+        return self.lent or self.picked or (self.used and self.value is None)
+
+    def note(self, read: str) -> None:
+        """It was "lent", "used" or "picked" from, and with it those that it was taken from."""
+        self.itself = True
+        for state in self.chain():
+            setattr(state, read, True)
 
     def chain(self) -> Iterator[State]:
         """This state and those that it was taken from."""
@@ -127,6 +154,10 @@ class State:
 
     def pick(self, ids: Tensor | None) -> Tensor:
         """The source's rows at some of this tensor's ids (R,), in the order that they have here; None: all of them."""
+        self.note("picked")
+        return self._rows(ids)
+
+    def _rows(self, ids: Tensor | None) -> Tensor:
         ids = (self.ids if ids is None else ids).reshape(-1)
         if self.everything and ids.numel() == self.ids.numel():
             return self.source.read(None)
@@ -158,8 +189,7 @@ class PromisedRows(OnDemand):
     def with_source(self, source: RowSource) -> PromisedRows:
         """The same rows of a source that is computed from this one's."""
         old = self.state
-        for link in old.chain():
-            link.lent = True
+        old.note("lent")
         state = State(source, old.ids, source.dtype, everything=old.everything, rising=old.rising)
         state.shelf = source.shelf()
         return _promised(state, source.leaves)
@@ -183,13 +213,14 @@ class PromisedRows(OnDemand):
     def with_ids(self, ids: Tensor, *, in_order: bool) -> PromisedRows:
         """Other rows of the same source; in_order: ids drops or regroups some of these, without repeating or moving."""
         old = self.state
-        old.taken = True
+        old.derived += 1
         everything = old.everything and in_order and ids.numel() == old.ids.numel()
         state = State(old.source, ids, old.dtype, everything, old.rising and in_order, viewed=old, shelf=old.shelf)
         return _promised(state, (self,))
 
     def cast(self, dtype: torch.dtype) -> PromisedRows:
         old = self.state
+        old.derived += 1
         state = State(old.source, old.ids, dtype, old.everything, old.rising, made_of=old, shelf=old.shelf)
         return _promised(state, (self,))
 
@@ -205,8 +236,7 @@ class PromisedRows(OnDemand):
             values: Tensor = _Through.apply(self)
             return values
         if torch.is_grad_enabled():
-            for state in self.state.chain():
-                state.used = True
+            self.state.note("used")
         return self.state.materialize(reader)
 
     @classmethod
@@ -351,6 +381,10 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     if args or "input" not in kwargs:
         return args, kwargs
     return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
 
 
 def _writes(func: Callable[..., Any]) -> bool:
