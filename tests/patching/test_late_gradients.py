@@ -11,6 +11,7 @@ from models import batch_of, build
 import fasttune
 from fasttune.patching.promises.origins import Origins
 from fasttune.patching.promises.source import Shelf
+from fasttune.patching.promises.tensor import PromisedRows
 
 HEADS = ["BertModel", "BertForSequenceClassification", "GPT2Model", "GPT2LMHeadModel", "RobertaForMaskedLM"]
 ROUNDING = 2**7 * torch.finfo(torch.float32).eps  # of sums over the features and classes of a tiny model
@@ -191,21 +192,6 @@ def test_the_question_keeps_nothing_alive():
         gc.enable()
 
 
-def test_a_dropout_that_is_off():
-    """Its result is another tensor, with a gradient of its own."""
-
-    def run(outputs):
-        hidden = last(outputs)
-        same = torch.nn.functional.dropout(hidden, 0.1, training=False)
-        loss = (hidden[:, 1] ** 2).sum() + same[:, 1].sum()
-        hidden.retain_grad()
-        same.retain_grad()
-        loss.backward()
-        return [hidden.grad, same.grad]
-
-    both(build("BertModel"), "right", run)
-
-
 def test_rows_that_nobody_has_any_more():
     """A gradient will pass them as long as the graph is there."""
     origins, leaf = Origins(), torch.ones(2, 3, requires_grad=True)
@@ -217,3 +203,12 @@ def test_rows_that_nobody_has_any_more():
         origins.ask(Shelf())
     del total
     origins.ask(Shelf())
+
+
+def test_what_is_made_of_rows_without_gradients_wants_none():
+    model = fasttune.patch(build("BertModel"))
+    with torch.no_grad():
+        hidden = model(**batch_of(model, padding="right")).last_hidden_state
+    assert isinstance(hidden, PromisedRows)
+    assert not torch.nn.functional.gelu(hidden).requires_grad
+    assert not (torch.nn.functional.gelu(hidden)[:, 1] * 1.0).requires_grad

@@ -226,9 +226,7 @@ class MappedRows(RowSource):
         self.source.check(ids)
 
     def compute(self, ids: Tensor | None) -> Tensor:
-        rows = self.source.rows(ids)
-        mapped = self.function(rows, ids)
-        return mapped.view(mapped.shape) if mapped is rows else mapped  # the gradients of the two are not the same
+        return self.function(self.source.rows(ids), ids)
 
 
 def on(ids: Tensor, device: torch.device) -> Tensor:
