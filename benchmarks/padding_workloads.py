@@ -2,23 +2,15 @@
 
 The needed products are those of real tokens, with the last layer's queries, output projection and MLP for the rows that
 the loss reads. A row's notes hold how much of the batch is real tokens (fill) and how many of those carry a label.
-
-    python benchmarks/padding_workloads.py bert-base-classification fasttune
-
-prints the peak memory of a step of one side beyond what was there before, in bytes, after a first step.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import memory
 import step_workloads
 import torch
 from batches import Batch
@@ -103,23 +95,3 @@ def workloads(quick: bool) -> dict[str, Any]:
         batch = filled(fill, sequences, longest)
         rows[name] = (padded_step, "MiniLM-6 by fill", config["minilm"], "classification", batch)
     return {name: partial(row[0], *row[1:]) for name, row in rows.items()}
-
-
-def peak_bytes(name: str, side: str) -> int:
-    """Of a step of one side, in a process of its own."""
-    command = [sys.executable, __file__, name, side]
-    environment = {**os.environ, **memory.SETTINGS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
-
-
-def _measure(name: str, side: str) -> int:
-    torch.set_num_threads(2)
-    row = workloads(quick=False)[name]()
-    step = row.sides[side]()
-    step()  # the optimizer's state and the gradients' memory are there after it
-    return memory.measure(replace(row, sides={side: lambda: step}), side)
-
-
-if __name__ == "__main__":
-    print(_measure(*sys.argv[1:]))

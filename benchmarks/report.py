@@ -142,6 +142,13 @@ def memory_table(records: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["step", "fasttune", "stock", "the better one ÷ fasttune"], rows)
 
 
+def memory_part(records: Sequence[dict[str, Any]]) -> list[str]:
+    measured = [record for record in records if "peak_memory" in record]
+    if not measured:
+        return []
+    return ["Peak memory of a step beyond weights, gradients and optimizer state:", memory_table(measured)]
+
+
 def overhead_table(records: Sequence[dict[str, Any]]) -> str:
     rows = [
         [f"`{record['shape']}`", *(f"{record[key]:.0f} µs" for key in ("overhead_us", "kernel_us", "layer_norm_us"))]
@@ -188,9 +195,7 @@ def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) 
         ]
         if padding_plot.rows_by_fill(steps):
             parts.append("![speed-up against fill](benchmarks-fill.png)")
-        measured = [record for record in steps if "peak_memory" in record]
-        if measured:
-            parts += ["Peak memory of a step beyond weights, gradients and optimizer state:", memory_table(measured)]
+        parts += memory_part(steps)
     if frameworks:
         parts += [
             "## In frameworks",
@@ -199,6 +204,7 @@ def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) 
             " encoder-decoder, from the collated batch to fused AdamW, and `encode`; default configurations (dropout"
             " 0.1), random weights. Rerankers tokenize inside of their loss, `encode` tokenizes too.",
             framework_table(frameworks),
+            *memory_part(frameworks),
         ]
     if operations:
         parts += ["## Operations, forward and backward", *machine_lines([record["machine"] for record in operations])]

@@ -6,6 +6,7 @@ pytest.importorskip("sentence_transformers")
 pytest.importorskip("trl")
 
 import framework_workloads
+import memory
 from pairs import race
 
 
@@ -14,5 +15,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.filterwarnings("ignore:Version v4.12.0")
-def test_framework(name, benchmark, quick, budget):
-    race(benchmark, framework_workloads.workloads(quick)[name](), budget)
+def test_framework(name, benchmark, quick, budget, with_memory):
+    workload = framework_workloads.workloads(quick)[name]()
+    race(benchmark, workload, budget)
+    if with_memory:
+        peaks = {side: memory.step_bytes("framework_workloads", name, side) for side in workload.sides}
+        benchmark.extra_info["peak_memory"] = peaks

@@ -1,5 +1,6 @@
 """Training steps on padded batches against stock Transformers, and full ones against packing switched off."""
 
+import memory
 import padding_workloads
 from pairs import race
 from workload import COMPILED
@@ -14,4 +15,6 @@ def test_padded_step(name, benchmark, quick, compiled, budget, with_memory):
     race(benchmark, workload, budget)
     if with_memory and "fill" not in name:  # one figure for each kind of step is enough
         sides = [side for side in workload.sides if side != COMPILED]
-        benchmark.extra_info["peak_memory"] = {side: padding_workloads.peak_bytes(name, side) for side in sides}
+        benchmark.extra_info["peak_memory"] = {
+            side: memory.step_bytes("padding_workloads", name, side) for side in sides
+        }
