@@ -13,7 +13,7 @@ import fasttune
 st = pytest.importorskip("sentence_transformers")
 
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder  # noqa: E402
-from sentence_transformers.base.modules import Dense, Normalize, Transformer  # noqa: E402
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer  # noqa: E402
 from sentence_transformers.cross_encoder import losses as cross_losses  # noqa: E402
 from sentence_transformers.multi_vector_encoder import losses as multi_losses  # noqa: E402
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask  # noqa: E402
@@ -260,6 +260,55 @@ def test_contrastive_tension_of_two_models(folder):
         return losses.ContrastiveTensionLoss(model)(features(model, ANCHORS, POSITIVES), torch.tensor([1, 0, 1, 0]))
 
     check(embedder(folder(BertModel)), loss)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_router(folder, shared):
+    """Queries and documents through encoders of their own, or through one with poolings of their own."""
+    first = Transformer(folder(BertModel), model_kwargs={"attn_implementation": "eager"})
+    second = first if shared else copy.deepcopy(first)
+    router = Router.for_query_document(
+        query_modules=[first, Pooling(32, "cls")], document_modules=[second, Pooling(32, "mean")]
+    )
+    model = SentenceTransformer(modules=[router], device="cpu").train()
+
+    def loss(model):
+        tasks = ("query", "document", "document")
+        columns = [
+            dict(model.preprocess(c, task=task)) | {"task": task} for c, task in zip(TRIPLES, tasks, strict=True)
+        ]
+        return losses.MultipleNegativesRankingLoss(model)(columns, None)
+
+    assert_fast(check(model, loss))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.parametrize("kind", ["embedder", "sparse"])
+@pytest.mark.parametrize("unused", [False, True])
+def test_ddp(folder, one_process, unused, kind):
+    """As the trainer wraps models; it lets DDP look for unused parameters."""
+    wrapped = []
+
+    def loss(model):
+        wrapped.append(torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused))
+        return (wrapped[-1](features(model, ANCHORS)[0])["sentence_embedding"] ** 2).sum()
+
+    model = embedder(folder(BertModel), "cls") if kind == "embedder" else sparse(folder(BertForMaskedLM))
+    if not unused:  # the pooler's weights, which nobody uses, would be waited for
+        for parameter in [p for name, p in model.named_parameters() if ".pooler." in name]:
+            parameter.requires_grad_(False)
+    ours = check(model, loss)
+    assert_fast(ours)
+    assert kind == "sparse" or counts(ours)["(trim)"] > 0
 
 
 @pytest.mark.parametrize(
