@@ -28,7 +28,6 @@ The kernels: attention_forward.py, attention_backward.py, and what they share, a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -38,6 +37,7 @@ from fasttune.kernels import launch, tuning
 from fasttune.kernels.attention_backward import attention_dkdv_kernel, attention_dq_kernel
 from fasttune.kernels.attention_forward import attention_forward_kernel
 from fasttune.kernels.launch import dropout_arguments
+from fasttune.ops._attention_call import Call, unit_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +127,10 @@ def tiles(kernel: str, block_d: int, dtype: torch.dtype, dropout: bool, chosen: 
     return TILES[known, width, kernel, dropout]
 
 
-def _tile(
-    kernel: str, query: Tensor, causal: bool, dropout: bool, chosen: bool, launch_with: Callable[..., None]
-) -> Tiles:
+def _tile(kernel: str, query: Tensor, call: Call, launch_with: Callable[..., None]) -> Tiles:
     """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest of those for any target and of MORE_TILES."""
     block_d = launch.power_of_two(query.shape[-1], 16)
+    causal, dropout, chosen = call.causal, call.seed is not None, call.positions_q is not None
     default = tiles(kernel, block_d, query.dtype, dropout, chosen)
     kind = f"attention {kernel} {block_d} {query.dtype} causal={causal} dropout={dropout}{' chosen' if chosen else ''}"
     if query.dtype == torch.float32:
@@ -142,10 +141,6 @@ def _tile(
         ]
         candidates += MORE_TILES
     return tuning.choose(kind, default, candidates, launch_with, query.device)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
@@ -195,51 +190,39 @@ class Part:
         return x.narrow(0, self.sequence, self.sequences) if dense else x
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which queries meet which keys. Packed: cu_seqlens (N + 1,). Queries of some positions only: cu_seqlens_q (N + 1,)
-    and positions_q (R,) besides."""
-
-    cu_seqlens: Tensor | None
-    cu_seqlens_q: Tensor | None = None
-    positions_q: Tensor | None = None
-
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """The kernels' q_offsets, k_offsets and positions."""
-        if self.positions_q is None:
-            return self.cu_seqlens, self.cu_seqlens, None
-        return self.cu_seqlens_q, self.cu_seqlens, self.positions_q.to(torch.int32)
-
-    def sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int]:
-        """Sequences, and queries and keys: of each, or packed of all."""
-        if self.cu_seqlens is None:
-            return query.shape[0], query.shape[1], key.shape[1]
-        return self.cu_seqlens.shape[0] - 1, query.shape[0], key.shape[0]
-
-    def lse_strides(self, query: Tensor) -> tuple[int, int]:
-        """Of sequence and head of lse, (N, H, Q) or (H, R)."""
-        queries, heads = query.shape[-3:-1]
-        return (heads * queries if self.cu_seqlens is None else 0), queries
-
-    def parts(self, query: Tensor) -> list[Part]:
-        """What one launch each computes: mostly all at once."""
-        heads, sequences = query.shape[-2], query.shape[0] if self.cu_seqlens is None else 1
-        return [
-            Part(first, sequence, min(LAUNCH_BLOCKS, sequences - sequence), min(LAUNCH_BLOCKS, heads - first), heads)
-            for sequence in range(0, sequences, LAUNCH_BLOCKS)
-            for first in range(0, heads, LAUNCH_BLOCKS)
-        ]
-
-    def grid(self, rows: int, block: int, part: Part) -> tuple[int, int, int]:
-        if self.cu_seqlens is None:
-            return triton.cdiv(rows, block), part.heads, part.sequences
-        return rows // block + self.cu_seqlens.shape[0] - 1, part.heads, 1
+def _pointers(call: Call) -> tuple[Tensor | None, ...]:
+    """The kernels' q_offsets, k_offsets and positions."""
+    if call.positions_q is None:
+        return call.cu_seqlens, call.cu_seqlens, None
+    return call.cu_seqlens_q, call.cu_seqlens, call.positions_q.to(torch.int32)
 
 
-def _constants(query: Tensor, causal: bool) -> dict[str, object]:
+def _lse_strides(query: Tensor, call: Call) -> tuple[int, int]:
+    """Of sequence and head of lse, (N, H, Q) or (H, R)."""
+    queries, heads = query.shape[-3:-1]
+    return (heads * queries if call.cu_seqlens is None else 0), queries
+
+
+def _launches(query: Tensor, call: Call) -> list[Part]:
+    """What one launch each computes: mostly all at once."""
+    heads, sequences = query.shape[-2], query.shape[0] if call.cu_seqlens is None else 1
+    return [
+        Part(first, sequence, min(LAUNCH_BLOCKS, sequences - sequence), min(LAUNCH_BLOCKS, heads - first), heads)
+        for sequence in range(0, sequences, LAUNCH_BLOCKS)
+        for first in range(0, heads, LAUNCH_BLOCKS)
+    ]
+
+
+def _grid(rows: int, block: int, part: Part, call: Call) -> tuple[int, int, int]:
+    if call.cu_seqlens is None:
+        return triton.cdiv(rows, block), part.heads, part.sequences
+    return rows // block + call.cu_seqlens.shape[0] - 1, part.heads, 1
+
+
+def _constants(query: Tensor, call: Call) -> dict[str, object]:
     head_dim = query.shape[-1]
     return {
-        "CAUSAL": causal,
+        "CAUSAL": call.causal,
         "HEAD_DIM": head_dim,
         "BLOCK_D": launch.power_of_two(head_dim, 16),
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # tf32 concerns float32 alone
@@ -260,199 +243,76 @@ def _step(tile: Tiles, dtype: torch.dtype, seed: Tensor | None) -> int:
     return tile.block_n if seed is None or dtype == torch.float32 else max(128, tile.block_n)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """fasttune::attention: (out, lse); lse to base 2, float32 (N, H, Q) or (H, T), +inf where no key is seen."""
-    return _run_forward(query, key, value, Layout(cu_seqlens), seed, causal, scale, dropout_p)
-
-
-def _run_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
-    sizes = layout.sizes(query, key)
-    heads = query.shape[-2]
+def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse); lse to base 2, float32 (N, H, Q) or (H, T), +inf where no key is seen."""
+    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    sizes = call.sizes(query, key)[:3]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty((*query.shape[:-3], heads, query.shape[-3]), dtype=torch.float32, device=query.device)
+    lse = torch.empty((*query.shape[:-3], query.shape[-2], query.shape[-3]), dtype=torch.float32, device=query.device)
     if not out.numel():
         return out, lse
-    threshold, keep_scale = dropout_arguments(seed, dropout_p)
-    constants, pointers = _constants(query, causal), layout.pointers()
+    threshold, keep_scale = dropout_arguments(call.seed, call.dropout_p)
+    constants, pointers = _constants(query, call), _pointers(call)
 
     def launch_with(tile: Tiles) -> None:
-        for part in layout.parts(query):
-            attention_forward_kernel[layout.grid(sizes[1], tile.block_m, part)](
-                *(*part.of(query, key, value, out), *part.of_statistics(lse), *pointers, seed),
+        for part in _launches(query, call):
+            attention_forward_kernel[_grid(sizes[1], tile.block_m, part, call)](
+                *(*part.of(query, key, value, out), *part.of_statistics(lse), *pointers, call.seed),
                 *(*part.numbers(), *sizes),
-                *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *layout.lse_strides(query)),
-                *(scale, threshold, keep_scale),
-                STEP=_step(tile, query.dtype, seed),
+                *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *_lse_strides(query, call)),
+                *(call.scale, threshold, keep_scale),
+                STEP=_step(tile, query.dtype, call.seed),
                 **_tile_constants(tile),
                 **constants,
             )
 
-    kind = seed is not None, layout.positions_q is not None
-    launch_with(_tile("forward", query, causal, *kind, launch_with))
+    launch_with(_tile("forward", query, call, launch_with))
     return out, lse
 
 
-def _run_backward(
+def backward(
     dout: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    layout: Layout,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
+    call: Call,
 ) -> None:
     """Fills the gradients of query, key and value, in any strides; None for those nobody needs."""
     query, key, value, out, lse = tensors
-    dout, query, key, value = _unit_stride(dout), _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    dout, query, key, value = unit_stride(dout), unit_stride(query), unit_stride(key), unit_stride(value)
     dq, dk, dv = gradients
     if not query.numel() or not key.numel():
         for gradient in gradients:
             if gradient is not None:
                 gradient.zero_()
         return
-    sizes, pointers = layout.sizes(query, key), layout.pointers()
+    sizes, pointers = call.sizes(query, key)[:3], _pointers(call)
     delta = torch.empty_like(lse)
-    threshold, keep_scale = dropout_arguments(seed, dropout_p)
-    constants = _constants(query, causal)
+    threshold, keep_scale = dropout_arguments(call.seed, call.dropout_p)
+    constants = _constants(query, call)
     inputs = (*_strides(dout), *_strides(query), *_strides(key), *_strides(value))
-    options = (*layout.lse_strides(query), scale, threshold, keep_scale)
+    options = (*_lse_strides(query, call), call.scale, threshold, keep_scale)
 
     def launch_dq(tile: Tiles) -> None:
-        for part in layout.parts(query):
-            attention_dq_kernel[layout.grid(sizes[1], tile.block_m, part)](
+        for part in _launches(query, call):
+            attention_dq_kernel[_grid(sizes[1], tile.block_m, part, call)](
                 *(*part.of(dout, query, key, value, out), *part.of_statistics(lse, delta), *part.of(dq)),
-                *(*pointers, seed, *part.numbers(), *sizes),
+                *(*pointers, call.seed, *part.numbers(), *sizes),
                 *(*inputs, *_strides(out), *_strides(dq), *options),
-                STEP=_step(tile, query.dtype, seed),
+                STEP=_step(tile, query.dtype, call.seed),
                 **_tile_constants(tile),
                 **constants,
             )
 
     def launch_dkdv(tile: Tiles) -> None:
-        for part in layout.parts(query):
-            attention_dkdv_kernel[layout.grid(sizes[2], tile.block_n, part)](
+        for part in _launches(query, call):
+            attention_dkdv_kernel[_grid(sizes[2], tile.block_n, part, call)](
                 *(*part.of(dout, query, key, value), *part.of_statistics(lse, delta), *part.of(dk, dv)),
-                *(*pointers, seed, *part.numbers(), *sizes),
+                *(*pointers, call.seed, *part.numbers(), *sizes),
                 *(*inputs, *_strides(dk), *_strides(dv), *options),
                 **_tile_constants(tile),
                 **constants,
             )
 
-    kind = seed is not None, layout.positions_q is not None
-    launch_dq(_tile("dq", query, causal, *kind, launch_dq))
+    launch_dq(_tile("dq", query, call, launch_dq))
     if dk is not None or dv is not None:
-        launch_dkdv(_tile("dkdv", query, causal, *kind, launch_dkdv))
-
-
-def backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """fasttune::attention_backward: the gradients of query, key and value, empty where not needed."""
-    options = (seed, causal, scale, dropout_p, needed)
-    return _needed_gradients(dout, (query, key, value, out, lse), Layout(cu_seqlens), *options)
-
-
-def _needed_gradients(
-    dout: Tensor,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    layout: Layout,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (
-        torch.empty(x.shape if need else (0,), dtype=x.dtype, device=x.device)
-        for x, need in zip(tensors[:3], needed, strict=True)
-    )
-    wanted = (dq if needed[0] else None, dk if needed[1] else None, dv if needed[2] else None)
-    _run_backward(dout, tensors, wanted, layout, seed, causal, scale, dropout_p)
-    return dq, dk, dv
-
-
-def chosen_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_q: Tensor,
-    positions_q: Tensor,
-    max_seqlen: int | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    """fasttune::attention_chosen_queries: (out (R, H, D), lse (H, R)); options: seed, causal, scale, dropout_p."""
-    return _run_forward(query, key, value, Layout(cu_seqlens, cu_seqlens_q, positions_q), *options)
-
-
-def chosen_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_q: Tensor,
-    positions_q: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """fasttune::attention_chosen_queries_backward; options: seed, causal, scale, dropout_p, needed."""
-    layout = Layout(cu_seqlens, cu_seqlens_q, positions_q)
-    return _needed_gradients(dout, (query, key, value, out, lse), layout, *options)
-
-
-def packed_qkv_forward(qkv: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    """fasttune::attention_packed_qkv, qkv (..., 3, H, D)."""
-    return forward(*qkv.unbind(-3), *rest)
-
-
-def packed_qkv_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """fasttune::attention_packed_qkv_backward: one gradient of qkv's shape."""
-    gradient = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dq, dk, dv = gradient.unbind(-3)
-    layout = Layout(cu_seqlens)
-    _run_backward(dout, (*qkv.unbind(-3), out, lse), (dq, dk, dv), layout, seed, causal, scale, dropout_p)
-    return gradient
+        launch_dkdv(_tile("dkdv", query, call, launch_dkdv))

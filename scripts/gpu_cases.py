@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fasttune.ops._attention_call import Call
+
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,9 +60,11 @@ def _attention(dtype: torch.dtype, head_dim: int, causal: bool, dropout: bool, p
         query = empty(*shape, dtype=dtype)
         offsets = empty(SEQUENCES + 1, dtype=torch.int32) if packed else None
         seed = new_seed() if dropout else None
-        options = (seed, causal, head_dim**-0.5, 0.1 if dropout else 0.0)
-        out, lse = attention.forward(query, query, query, offsets, None, *options)
-        attention.backward(out, query, query, query, out, lse, offsets, *options, [True] * 3)
+        dropout_p = 0.1 if dropout else 0.0
+        asked = Call(offsets, seed=seed, causal=causal, scale=head_dim**-0.5, dropout_p=dropout_p)
+        out, lse = attention.forward(query, query, query, asked)
+        gradients = [torch.empty_like(query) for _ in range(3)]
+        attention.backward(out, (query, query, query, out, lse), gradients, asked)
 
     return call
 
@@ -72,10 +76,11 @@ def _chosen_queries(dtype: torch.dtype, head_dim: int, dropout: bool) -> Callabl
         heads = HIDDEN // head_dim
         query, key = (empty(rows, heads, head_dim, dtype=dtype) for rows in (CHOSEN, ROWS))
         offsets, positions = empty(SEQUENCES + 1, dtype=torch.int32), empty(CHOSEN, dtype=torch.int32)
-        options = (new_seed() if dropout else None, True, head_dim**-0.5, 0.1 if dropout else 0.0)
-        out, lse = attention.chosen_forward(query, key, key, offsets, offsets, positions, None, *options)
-        tensors = (query, key, key, out, lse, offsets, offsets, positions)
-        attention.chosen_backward(out, *tensors, *options, [True] * 3)
+        variant = (new_seed() if dropout else None, True, head_dim**-0.5, 0.1 if dropout else 0.0)
+        asked = Call(offsets, offsets, positions, None, *variant)
+        out, lse = attention.forward(query, key, key, asked)
+        gradients = list(map(torch.empty_like, (query, key, key)))
+        attention.backward(out, (query, key, key, out, lse), gradients, asked)
 
     return call
 

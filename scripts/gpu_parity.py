@@ -69,8 +69,6 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
             partial(ops.attention, **options, backend="torch"),
             packed,
         )
-    elif operation == "attention_chosen_queries":
-        offsets = torch.tensor([0, 20, 20, tokens - 7, tokens], dtype=torch.int32, device=device)
         places = torch.arange(0, tokens, 3, device=device)
         starts = torch.searchsorted(places, offsets)
         positions = places - offsets[torch.bucketize(places, offsets[1:], right=True)]
@@ -81,7 +79,7 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
             return ops.attention(q, k, v, dropout_p=0.2, backend=backend, **options)
 
         tensors = [random(places.numel(), 3, 64), random(tokens, 3, 64), random(tokens, 3, 64)]
-        yield case("dropout", partial(of_some, backend), partial(of_some, "torch"), tensors)
+        yield case("chosen queries", partial(of_some, backend), partial(of_some, "torch"), tensors)
     elif operation in ("layer_norm", "layer_norm_gelu", "gelu_layer_norm"):
 
         def norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

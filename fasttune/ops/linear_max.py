@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _backends, _cpp, _triton
+from fasttune.ops._attention_checks import check_offsets, check_offsets_tensor
 from fasttune.ops._checks import autocasts, check_device, check_floating, check_shape, describe
 from fasttune.ops._linear_chunks import LOGITS_BLOCK_CLASSES, product_dtype, weight_blocks
 from fasttune.ops._operator import Operator
 from fasttune.ops._reference.linear_max import linear_max as linear_max_reference
-from fasttune.ops.attention import check_offsets, check_offsets_tensor
 from fasttune.ops.cross_entropy import as_float32
 
 # Shape legend: T rows (tokens) of N sequences, C input features, V classes.

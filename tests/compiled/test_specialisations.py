@@ -18,6 +18,7 @@ from fasttune.kernels import (
     linear_max,
     packing,
 )
+from fasttune.ops._attention_call import Call
 
 empty, new_seed = gpu_cases.empty, gpu_cases.new_seed
 DTYPE = torch.bfloat16
@@ -38,16 +39,17 @@ def attention_of_chosen_queries(batch, tokens):
     chosen = max(1, batch * tokens // 3)
     query, key = (empty(rows, 12, 64, dtype=DTYPE) for rows in (chosen, batch * tokens))
     offsets, positions = empty(batch + 1, dtype=torch.int32), empty(chosen, dtype=torch.int32)
-    options = (new_seed(), True, 0.125, 0.1)
-    out, lse = attention.chosen_forward(query, key, key, offsets, offsets, positions, None, *options)
-    tensors = (query, key, key, out, lse, offsets, offsets, positions)
-    attention.chosen_backward(out, *tensors, *options, [True] * 3)
+    call = Call(offsets, offsets, positions, None, new_seed(), True, 0.125, 0.1)
+    out, lse = attention.forward(query, key, key, call)
+    gradients = list(map(torch.empty_like, (query, key, key)))
+    attention.backward(out, (query, key, key, out, lse), gradients, call)
 
 
 def attention_of_views(batch, tokens):
     qkv = empty(batch, tokens, 3, 12, 64, dtype=DTYPE)
-    out, lse = attention.packed_qkv_forward(qkv, None, None, None, False, 0.125, 0.0)
-    attention.packed_qkv_backward(out, qkv, out, lse, None, None, False, 0.125, 0.0)
+    call = Call(scale=0.125)
+    out, lse = attention.forward(*qkv.unbind(-3), call)
+    attention.backward(out, (*qkv.unbind(-3), out, lse), torch.empty_like(qkv).unbind(-3), call)
 
 
 def norms(batch, tokens):

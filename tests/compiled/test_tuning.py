@@ -9,6 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from fasttune.kernels import attention, tuning
+from fasttune.ops._attention_call import Call
 
 DEVICE = torch.device("cuda")
 
@@ -82,8 +83,10 @@ def test_attention_asks_for_each_kernel_and_never_for_a_batch(tuned, monkeypatch
 
     def step(batch):
         query = gpu_cases.empty(batch, 64, 2, 64, dtype=torch.bfloat16)
-        out, lse = attention.forward(query, query, query, None, None, None, True, 0.125, 0.0)
-        attention.backward(out, query, query, query, out, lse, None, None, True, 0.125, 0.0, [True] * 3)
+        asked = Call(causal=True, scale=0.125)
+        out, lse = attention.forward(query, query, query, asked)
+        gradients = [torch.empty_like(query) for _ in range(3)]
+        attention.backward(out, (query, query, query, out, lse), gradients, asked)
 
     aot.specialisations(lambda: step(2), "sm90")
     first = len(tuned)

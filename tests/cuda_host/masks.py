@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from fasttune.ops._attention_call import Call
 from fasttune.ops.attention import _attention
 from fasttune.ops.dropout import _dropout
 
@@ -17,7 +18,8 @@ def masks(backend: str) -> list[Tensor]:
     seed = torch.tensor([-(2**61) + 9])
     elements = _dropout(torch.ones(33, 261), None, None, seed, 0.1, backend)
     equal, one_hot = torch.zeros(1, 120, 2, 128), torch.eye(120, 128).view(1, 120, 1, 128).expand(1, 120, 2, 128)
-    attended, _ = _attention._run(equal, equal, one_hot.contiguous(), None, None, seed, False, 1.0, 0.3, backend)
+    call = Call(seed=seed, dropout_p=0.3)
+    attended, _ = _attention._run(equal, equal, one_hot.contiguous(), *call, backend)
     return [elements != 0, attended != 0]
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracle import DTYPES, assert_parity, assert_same_math
 
 from fasttune import ops
+from fasttune.ops._attention_call import Call
 from fasttune.ops._reference.attention import attention as reference
 from fasttune.ops.attention import _attention
 
@@ -84,8 +85,9 @@ def test_dropped_weights_are_those_of_the_reference_bit_for_bit(dtype):
     for first in range(0, keys, 128):
         part = torch.eye(keys)[:, first : first + 128]
         value[0, :, :, : part.shape[1]] = part.unsqueeze(1)
-        out, _ = _attention._run(query, query, value, None, None, seed, False, 1.0, 0.3, "cuda")
-        expected = reference(query, query, value, None, None, seed, False, 1.0, 0.3)
+        call = Call(seed=seed, dropout_p=0.3)
+        out, _ = _attention._run(query, query, value, *call, "cuda")
+        expected = reference(query, query, value, call)
         assert torch.equal(out != 0, expected != 0)
 
 

@@ -5,7 +5,8 @@ import torch
 from interpreter.memory import traffic
 
 from fasttune import ops
-from fasttune.ops.attention import _attention, _attention_chosen
+from fasttune.ops._attention_call import Call
+from fasttune.ops.attention import _attention
 
 SEED = torch.tensor([-(2**61) + 9])
 
@@ -21,14 +22,10 @@ def test_dropped_weights_are_those_of_cpp(chosen):
         part = torch.eye(keys)[:, first : first + 128]
         value[:, :, : part.shape[1]] = part.unsqueeze(1)
         query = torch.zeros(positions.numel() if chosen else keys, 2, 128)
-        tensors, options = (query, torch.zeros_like(value), value), (None, SEED, True, 1.0, 0.3)
-        if chosen:
-            masks = [
-                _attention_chosen._run(*tensors, offsets, starts, positions, *options, backend)[0] != 0
-                for backend in ("cpp", "triton")
-            ]
-        else:
-            masks = [_attention._run(*tensors, offsets, *options, backend)[0] != 0 for backend in ("cpp", "triton")]
+        of_some = {"cu_seqlens_q": starts, "positions_q": positions} if chosen else {}
+        call = Call(offsets, seed=SEED, causal=True, dropout_p=0.3, **of_some)
+        tensors = (query, torch.zeros_like(value), value)
+        masks = [_attention._run(*tensors, *call, backend)[0] != 0 for backend in ("cpp", "triton")]
         assert torch.equal(*masks)
 
 

@@ -15,8 +15,9 @@ from scipy import stats
 from torch.utils.checkpoint import checkpoint
 
 from fasttune import ops
+from fasttune.ops._attention_call import Call
 from fasttune.ops._reference.philox import attention_keep_mask, keep_scale, threshold
-from fasttune.ops.attention import _attention, _attention_backward, _attention_packed_qkv
+from fasttune.ops.attention import _attention, _attention_backward
 
 NAMES = ["query", "key", "value"]
 
@@ -406,24 +407,26 @@ def test_opcheck(isa):
     seed = torch.tensor([3])
     for requires_grad in (False, True):
         inputs = [x.clone().requires_grad_(requires_grad) for x in (query, key, value)]
-        args = (*inputs, None, None, seed, True, 0.2, 0.1, FUSED)
+        args = (*inputs, *Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1), FUSED)
         torch.library.opcheck(torch.ops.fasttune.attention.default, args)
         rows = [x[0].detach().clone().requires_grad_(requires_grad) for x in qkv(1, 9, 9, 2, 20)]
-        args = (*rows, torch.tensor([0, 4, 9], dtype=torch.int32), 5, None, False, 0.2, 0.0, FUSED)
+        offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+        args = (*rows, *Call(offsets, max_seqlen=5, scale=0.2), FUSED)
         torch.library.opcheck(torch.ops.fasttune.attention.default, args)
         x = torch.randn(2, 9, 3, 2, 20, requires_grad=requires_grad)
-        args = (x, None, None, seed, True, 0.2, 0.1, FUSED)
-        torch.library.opcheck(torch.ops.fasttune.attention_packed_qkv.default, args)
-    saved = (query, key, value, *_attention._run(query, key, value, None, None, seed, True, 0.2, 0.1, FUSED))
+        args = (x, None, None, *Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1), FUSED)
+        torch.library.opcheck(torch.ops.fasttune.attention.default, args)
+    call = Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1)
+    saved = (query, key, value, *_attention._run(query, key, value, *call, FUSED))
     dout = torch.randn(2, 9, 2, 20)
     for needed in ([True] * 3, [False, True, False]):
-        args = (dout, *saved, None, seed, True, 0.2, 0.1, needed, FUSED)
+        args = (dout, *saved, *call, needed, FUSED)
         torch.library.opcheck(torch.ops.fasttune.attention_backward.default, args)
         assert len(_attention_backward(*args)) == 3
     x = torch.randn(2, 9, 3, 2, 20)
-    out, lse = _attention_packed_qkv._run(x, None, None, seed, True, 0.2, 0.1, FUSED)
-    args = (dout, x, out, lse, None, seed, True, 0.2, 0.1, FUSED)
-    torch.library.opcheck(torch.ops.fasttune.attention_packed_qkv_backward.default, args)
+    out, lse = _attention._run(x, None, None, *call, FUSED)
+    args = (dout, x, None, None, out, lse, *call, [True, False, False], FUSED)
+    torch.library.opcheck(torch.ops.fasttune.attention_backward.default, args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,8 @@ from fused import FUSED, either, needs_fused, reference_only
 from oracle import DTYPES, assert_same_math
 
 from fasttune import ops
-from fasttune.ops.attention import _attention_chosen
+from fasttune.ops._attention_call import Call
+from fasttune.ops.attention import _attention
 
 NAMES = ["query", "key", "value"]
 
@@ -118,8 +119,8 @@ def test_opcheck():
     query, key, value = (x.requires_grad_() for x in tensors(CASES["none, one, all"][0], head_dim=16))
     rows = query.detach().index_select(0, flat).requires_grad_()
     seed = torch.tensor([5])
-    args = (rows, key, value, cu, cu_q, positions, None, seed, True, 0.25, 0.1, FUSED)
-    torch.library.opcheck(_attention_chosen._operator, args)
+    args = (rows, key, value, *Call(cu, cu_q, positions, None, seed, True, 0.25, 0.1), FUSED)
+    torch.library.opcheck(_attention._operator, args)
 
 
 def test_bad_input_is_named():

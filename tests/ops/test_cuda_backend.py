@@ -63,7 +63,7 @@ def test_auto_takes_it_where_it_was_measured_to_win(monkeypatch):
 def test_the_operations_that_have_it():
     having = {name for name in _backends.operations() if "cuda" in _backends._implemented[name]}
     assert having == {
-        *("attention", "attention_chosen_queries", "layer_norm", "dropout_add_layer_norm"),
+        *("attention", "layer_norm", "dropout_add_layer_norm"),
         *("layer_norm_gelu", "gelu_layer_norm", "bias_gelu", "dropout", "cross_entropy", "linear_log_prob"),
     }
 

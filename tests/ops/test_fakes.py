@@ -7,6 +7,8 @@ import torch
 from fused import FUSED, needs_fused
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fasttune.ops._attention_call import Call
+
 ROWS, COLUMNS, CLASSES = 5, 24, 9
 
 
@@ -21,8 +23,9 @@ def operators():
     linear = (x, classes, target, class_bias, None)
     log_prob = (x, classes, target, class_bias, torch.rand(ROWS, 3), 0.5, -100)
     packed = [torch.randn(2, 7, 3, 16) for _ in range(3)]
-    out, lse = library.attention(*packed, None, None, None, False, 0.25, 0.0, FUSED)
-    attention = (torch.randn(2, 7, 3, 16), *packed, out, lse, None, None, False, 0.25, 0.0)
+    call = Call(scale=0.25)
+    out, lse = library.attention(*packed, *call, FUSED)
+    attention = (torch.randn(2, 7, 3, 16), *packed, out, lse, *call)
     maximum = (torch.randn(2, CLASSES).bfloat16(), x, classes, class_bias, torch.tensor([0, 2, ROWS]))
     return {
         "bias_gelu_backward": ((dout, x, bias, False), 2),

@@ -6,30 +6,24 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _transforms
+from fasttune.ops._attention_call import Call
 from fasttune.ops._reference.philox import attention_keep_mask, keep_scale
 
 # Shape legend: N sequences, Q queries and K keys of each, H heads, D head dimension; packed: T rows in all.
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """(N, Q, H, D), (N, K, H, D), (N, K, H, D) -> (N, Q, H, D); packed: (T, H, D) thrice -> (T, H, D)."""
-    if cu_seqlens is not None:
-        return _packed(query, key, value, cu_seqlens, max_seqlen, seed, causal, scale, dropout_p)
+def attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+    """(N, Q, H, D), (N, K, H, D), (N, K, H, D) -> (N, Q, H, D); packed: (T, H, D) thrice -> (T, H, D); queries of some
+    positions only: (R, H, D), (T, H, D) twice -> (R, H, D)."""
+    if call.positions_q is not None:
+        return _of_chosen_queries(query, key, value, call)
+    if call.cu_seqlens is not None:
+        return _packed(query, key, value, call)
     queries, keys = query.shape[1], key.shape[1]
     visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-    if causal:
+    if call.causal:
         visible = visible.tril(keys - queries)  # query i sees keys j <= i + K - Q
-    return _dense(query, key, value, visible, seed, scale, dropout_p)
+    return _dense(query, key, value, visible, call)
 
 
 def _dense(
@@ -37,9 +31,7 @@ def _dense(
     key: Tensor,
     value: Tensor,
     visible: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
+    call: Call,
     positions: Tensor | None = None,
 ) -> Tensor:
     """visible: bool, broadcast to (N, H, Q, K); positions: of the queries, broadcast to (N, H, Q), None for 0, 1, ...
@@ -48,28 +40,22 @@ def _dense(
     keys = key.shape[1]
     compute = query.dtype if query.dtype == torch.float64 else torch.float32
     q, k, v = (tensor.to(compute).transpose(1, 2) for tensor in (query, key, value))  # (N, H, rows, D)
-    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = (q @ k.transpose(-1, -2)) * call.scale
     weights = scores.masked_fill(~visible, torch.finfo(compute).min).softmax(-1).masked_fill(~visible, 0.0)
-    if seed is not None:
+    if call.seed is not None:
         rows = torch.arange(queries, device=query.device) if positions is None else positions
         sequence_heads = torch.arange(sequences * heads, device=query.device).view(sequences, heads, 1)
-        kept = attention_keep_mask(rows, sequence_heads, keys, seed, dropout_p)
-        weights = torch.where(kept, weights * keep_scale(dropout_p), torch.zeros((), dtype=compute, device=q.device))
+        kept = attention_keep_mask(rows, sequence_heads, keys, call.seed, call.dropout_p)
+        weights = torch.where(
+            kept, weights * keep_scale(call.dropout_p), torch.zeros((), dtype=compute, device=q.device)
+        )
     return (weights @ v).transpose(1, 2).to(query.dtype).contiguous()
 
 
-def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
+def _packed(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     """Pads to (N, longest, H, D), attends, and takes the rows back."""
+    cu_seqlens, max_seqlen = call.cu_seqlens, call.max_seqlen
+    assert cu_seqlens is not None
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     rows, sequences = query.shape[0], starts.shape[0]
     if rows == 0:
@@ -79,28 +65,20 @@ def _packed(
     inside, source = _padding(cu_seqlens, lengths, max_seqlen)
     q, k, v = (x.index_select(0, source).unflatten(0, (sequences, max_seqlen)) for x in (query, key, value))
     visible = inside.view(sequences, 1, 1, max_seqlen)
-    if causal:
+    if call.causal:
         visible = visible & torch.ones(max_seqlen, max_seqlen, dtype=torch.bool, device=query.device).tril()
-    out = _dense(q, k, v, visible, seed, scale, dropout_p)
+    out = _dense(q, k, v, visible, call)
     row = torch.arange(rows, device=query.device)
     sequence = torch.bucketize(row, cu_seqlens[1:].long(), right=True)
     return out.flatten(0, 1).index_select(0, sequence * max_seqlen + row - starts[sequence])
 
 
-def attention_of_chosen_queries(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_q: Tensor,
-    positions_q: Tensor,
-    max_seqlen: int | None,
-    seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """(R, H, D), (T, H, D) twice -> (R, H, D). Pads queries to (N, most, H, D) and keys to (N, longest, H, D)."""
+def _of_chosen_queries(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+    """Pads queries to (N, most, H, D) and keys to (N, longest, H, D)."""
+    cu_seqlens, cu_seqlens_q, positions_q, max_seqlen = call[:4]
+    assert cu_seqlens is not None
+    assert cu_seqlens_q is not None
+    assert positions_q is not None
     rows, sequences = query.shape[0], cu_seqlens.shape[0] - 1
     if rows == 0 or key.shape[0] == 0:
         return (query * 0.0 + key.sum() * 0.0 + value.sum() * 0.0).contiguous()
@@ -113,9 +91,9 @@ def attention_of_chosen_queries(
     k, v = (x.index_select(0, source).unflatten(0, (sequences, longest)) for x in (key, value))
     positions = torch.where(chosen, positions_q.index_select(0, source_q).view(sequences, most), 0).long()
     visible = inside.unsqueeze(1)
-    if causal:
+    if call.causal:
         visible = visible & (torch.arange(longest, device=query.device) <= positions.unsqueeze(-1))
-    out = _dense(q, k, v, visible.unsqueeze(1), seed, scale, dropout_p, positions.unsqueeze(1))
+    out = _dense(q, k, v, visible.unsqueeze(1), call, positions.unsqueeze(1))
     row = torch.arange(rows, device=query.device)
     sequence = torch.bucketize(row, cu_seqlens_q[1:].long(), right=True)
     return out.flatten(0, 1).index_select(0, sequence * most + row - cu_seqlens_q[:-1].long()[sequence])

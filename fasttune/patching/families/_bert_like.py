@@ -472,7 +472,7 @@ def bert_like(
             replace(
                 f"{prefix}CrossAttention",
                 "attention",
-                "attention_chosen_queries",
+                "attention",
                 "cross-attention without a T×T tensor",
                 covers=("dropout",),
             ),

@@ -128,7 +128,7 @@ def across(
         others = {name for name, given in arguments.items() if given is not None and given is not False}
         if others - NEUTRAL:
             raise Unknown(f"{', '.join(sorted(others - NEUTRAL))} given")
-        if not runs_fused("attention_chosen_queries", query.device.type, query.dtype, patch.backend):
+        if not runs_fused("attention", query.device.type, query.dtype, patch.backend):
             raise Unknown(f"no fused kernel for {str(query.dtype).removeprefix('torch.')} on {query.device.type}")
         real = keys_given(mask, query.shape[1], states.shape[1])
         if real is not None and real.shape[0] != query.shape[0]:

@@ -186,10 +186,10 @@ def _check(layer: Patched, hidden: Tensor, attention: Any, head_dim: int, layout
     kind, backend = hidden.device.type, layer._fasttune.backend
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     requested = backend or environment_backend() or "auto"
-    why = None if requested == "auto" else why_not("attention_chosen_queries", requested, kind, dtype)
+    why = None if requested == "auto" else why_not("attention", requested, kind, dtype)
     if why is not None:
         raise Unknown(why)
-    if not runs_fused("attention_chosen_queries", kind, dtype, backend):
+    if not runs_fused("attention", kind, dtype, backend):
         raise Unknown(f"no fused attention of chosen queries for {str(dtype).removeprefix('torch.')} on {kind}")
     settings = layer._fasttune.settings
     if settings.reads_all and not layer.training and not layout.full and not torch.is_grad_enabled():
