@@ -23,11 +23,13 @@ Queries of some positions only (the rows of a last layer that somebody reads) ca
 sequence: causality and dropout go by them, so a row is what it would be among all. A tile's first and last position
 say which keys it sees; a tile of keys finds the first query that sees it by bisection.
 
+A `call` says which queries meet which keys and what becomes of the scores: fasttune/ops/_attention_call.py.
 The kernels: attention_forward.py, attention_backward.py, and what they share, attention_rows.py.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -37,7 +39,6 @@ from fasttune.kernels import launch, tuning
 from fasttune.kernels.attention_backward import attention_dkdv_kernel, attention_dq_kernel
 from fasttune.kernels.attention_forward import attention_forward_kernel
 from fasttune.kernels.launch import dropout_arguments
-from fasttune.ops._attention_call import Call, unit_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def tiles(kernel: str, block_d: int, dtype: torch.dtype, dropout: bool, chosen: 
     return TILES[known, width, kernel, dropout]
 
 
-def _tile(kernel: str, query: Tensor, call: Call, launch_with: Callable[..., None]) -> Tiles:
+def _tile(kernel: str, query: Tensor, call: Any, launch_with: Callable[..., None]) -> Tiles:
     """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest of those for any target and of MORE_TILES."""
     block_d = launch.power_of_two(query.shape[-1], 16)
     causal, dropout, chosen = call.causal, call.seed is not None, call.positions_q is not None
@@ -141,6 +142,10 @@ def _tile(kernel: str, query: Tensor, call: Call, launch_with: Callable[..., Non
         ]
         candidates += MORE_TILES
     return tuning.choose(kind, default, candidates, launch_with, query.device)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
@@ -190,20 +195,20 @@ class Part:
         return x.narrow(0, self.sequence, self.sequences) if dense else x
 
 
-def _pointers(call: Call) -> tuple[Tensor | None, ...]:
+def _pointers(call: Any) -> tuple[Tensor | None, ...]:
     """The kernels' q_offsets, k_offsets and positions."""
     if call.positions_q is None:
         return call.cu_seqlens, call.cu_seqlens, None
     return call.cu_seqlens_q, call.cu_seqlens, call.positions_q.to(torch.int32)
 
 
-def _lse_strides(query: Tensor, call: Call) -> tuple[int, int]:
+def _lse_strides(query: Tensor, call: Any) -> tuple[int, int]:
     """Of sequence and head of lse, (N, H, Q) or (H, R)."""
     queries, heads = query.shape[-3:-1]
     return (heads * queries if call.cu_seqlens is None else 0), queries
 
 
-def _launches(query: Tensor, call: Call) -> list[Part]:
+def _launches(query: Tensor, call: Any) -> list[Part]:
     """What one launch each computes: mostly all at once."""
     heads, sequences = query.shape[-2], query.shape[0] if call.cu_seqlens is None else 1
     return [
@@ -213,13 +218,13 @@ def _launches(query: Tensor, call: Call) -> list[Part]:
     ]
 
 
-def _grid(rows: int, block: int, part: Part, call: Call) -> tuple[int, int, int]:
+def _grid(rows: int, block: int, part: Part, call: Any) -> tuple[int, int, int]:
     if call.cu_seqlens is None:
         return triton.cdiv(rows, block), part.heads, part.sequences
     return rows // block + call.cu_seqlens.shape[0] - 1, part.heads, 1
 
 
-def _constants(query: Tensor, call: Call) -> dict[str, object]:
+def _constants(query: Tensor, call: Any) -> dict[str, object]:
     head_dim = query.shape[-1]
     return {
         "CAUSAL": call.causal,
@@ -243,9 +248,9 @@ def _step(tile: Tiles, dtype: torch.dtype, seed: Tensor | None) -> int:
     return tile.block_n if seed is None or dtype == torch.float32 else max(128, tile.block_n)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tensor, Tensor]:
     """(out, lse); lse to base 2, float32 (N, H, Q) or (H, T), +inf where no key is seen."""
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     sizes = call.sizes(query, key)[:3]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((*query.shape[:-3], query.shape[-2], query.shape[-3]), dtype=torch.float32, device=query.device)
@@ -274,11 +279,11 @@ def backward(
     dout: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    call: Call,
+    call: Any,
 ) -> None:
     """Fills the gradients of query, key and value, in any strides; None for those nobody needs."""
     query, key, value, out, lse = tensors
-    dout, query, key, value = unit_stride(dout), unit_stride(query), unit_stride(key), unit_stride(value)
+    dout, query, key, value = _unit_stride(dout), _unit_stride(query), _unit_stride(key), _unit_stride(value)
     dq, dk, dv = gradients
     if not query.numel() or not key.numel():
         for gradient in gradients:

@@ -30,9 +30,10 @@ def attention_step(batch, tokens, packed=False):
     shape = (batch * tokens, 12, 64) if packed else (batch, tokens, 12, 64)
     query = empty(*shape, dtype=DTYPE)
     offsets = empty(batch + 1, dtype=torch.int32) if packed else None
-    options = (new_seed(), True, 0.125, 0.1)
-    out, lse = attention.forward(query, query, query, offsets, None, *options)
-    attention.backward(out, query, query, query, out, lse, offsets, *options, [True] * 3)
+    call = Call(offsets, seed=new_seed(), causal=True, scale=0.125, dropout_p=0.1)
+    out, lse = attention.forward(query, query, query, call)
+    gradients = [torch.empty_like(query) for _ in range(3)]
+    attention.backward(out, (query, query, query, out, lse), gradients, call)
 
 
 def attention_of_chosen_queries(batch, tokens):
