@@ -10,7 +10,7 @@ from models import batch_of, build
 
 import fasttune
 from fasttune.patching.promises.origins import Origins
-from fasttune.patching.promises.source import Shelf
+from fasttune.patching.promises.source import Shelf, TensorRows
 from fasttune.patching.promises.tensor import PromisedRows
 
 HEADS = ["BertModel", "BertForSequenceClassification", "GPT2Model", "GPT2LMHeadModel", "RobertaForMaskedLM"]
@@ -203,6 +203,46 @@ def test_rows_that_nobody_has_any_more():
         origins.ask(Shelf())
     del total
     origins.ask(Shelf())
+
+
+@pytest.mark.parametrize("clear", ["none", "zero"])
+def test_a_gradient_that_was_cleared_starts_anew(clear):
+    def run(outputs):
+        hidden = outputs.hidden_states[1]
+        first, second = (last(outputs)[:, 1] ** 2).sum(), hidden.mean(1).sum()
+        hidden.retain_grad()
+        first.backward(retain_graph=True)
+        seen = hidden.grad.clone()
+        if clear == "none":
+            hidden.grad = None
+        else:
+            hidden.grad.zero_()
+        second.backward()
+        return [seen, hidden.grad]
+
+    both(build("BertModel"), "right", run)
+
+
+def test_two_parts_of_a_gradient_in_passes_of_their_own():
+    """A hook that sees one after the other cannot tell them from two losses."""
+    model = fasttune.patch(build("BertModel"))
+    outputs = model(**batch_of(model, padding="right"), output_hidden_states=True)
+    hidden = outputs.hidden_states[1]
+    first = last(outputs)[:, 1].sum()
+    hidden.register_hook(lambda grad: grad)
+    second = hidden[:, 0].sum()
+    first.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="asked for after something was made of them"):
+        second.backward()
+
+
+def test_a_promise_of_rows_that_are_there():
+    hidden = torch.randn(2, 3, 4, requires_grad=True) * 1.0
+    promised = PromisedRows.of(TensorRows(hidden), (2, 3))
+    total = (promised[:, 1] ** 2).sum()
+    with pytest.raises(RuntimeError, match="asked for after something was made of them"):
+        promised.retain_grad()
+    total.backward()
 
 
 def test_what_is_made_of_rows_without_gradients_wants_none():

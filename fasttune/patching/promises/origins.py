@@ -32,22 +32,23 @@ class _Sign:
 
 
 class Hook:
-    """Somebody's hook, which is to see the whole gradient, once in a backward pass: where two parts of it come, it
-    raises. handle: of its registration with the promised tensor itself; removed there, it is removed."""
+    """Somebody's hook, which is to see the whole gradient, once in a backward pass: where two parts of it come, or
+    another part than before, it raises (a checkpoint's backward is a pass of its own). handle: of its registration
+    with the promised tensor itself; removed there, it is removed."""
 
     def __init__(self, function: Callable[[Tensor], Tensor | None]) -> None:
         self.function = function
         self.handle: RemovableHandle | None = None
-        self._called_in: int | None = None
+        self._called: tuple[int, object] | None = None
 
-    def __call__(self, grad: Tensor) -> Tensor | None:
+    def __call__(self, grad: Tensor, part: object = None) -> Tensor | None:
         hooks = None if self.handle is None else self.handle.hooks_dict_ref()
         if hooks is not None and self.handle is not None and self.handle.id not in hooks:
             return None
         this = torch._C._current_graph_task_id()
-        if this == self._called_in:
+        if self._called is not None and (self._called[0] == this or self._called[1] is not part):
             raise RuntimeError(TOO_LATE)
-        self._called_in = this
+        self._called = this, part
         return self.function(grad)
 
 
@@ -93,18 +94,23 @@ class Origins:
     def ask(self, keep: Any) -> None:
         """Their gradients are to be there after backward. keep: a list that lives as long as whoever asks; what it
         holds, it keeps alive."""
-        if self._keep is None:
+        if self._keep is None or self._keep() is not keep:
             found = self.alive()
             self._keep = weakref.ref(keep)
             for _, rows in found:
                 self._retain(rows)
 
-    def grads(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """(ids, gradient) of those that were asked for."""
+    def take_grads(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(ids, gradient) of those that were asked for, which have none any more."""
         if self._keep is None:
             return []
-        found = ((ids, reference()) for ids, reference, _ in self._found)
-        return [(ids, rows.grad) for ids, rows in found if rows is not None]
+        taken = []
+        for ids, reference, _ in self._found:
+            rows = reference()
+            if rows is not None and rows.retains_grad:
+                taken.append((ids, rows.grad))
+                rows.grad = None
+        return taken
 
     def _retain(self, rows: Tensor) -> None:
         keep = None if self._keep is None else self._keep()
@@ -121,8 +127,10 @@ class Origins:
 
 
 def _register(hook: Hook, shape: torch.Size, dtype: torch.dtype, ids: Tensor | None, rows: Tensor) -> None:
+    part = object()
+
     def of_rows(grad: Tensor) -> Tensor | None:
-        changed = hook(spread(grad, ids, shape).to(dtype))
+        changed = hook(spread(grad, ids, shape).to(dtype), part)
         if changed is None:
             return None
         matrix = changed.reshape(-1, shape[-1])

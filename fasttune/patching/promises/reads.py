@@ -422,15 +422,23 @@ def _watch(name: str) -> Handler:
 
 
 def _grad_of(promised: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        grads = [promised.grad]
-    state = promised.state
+    """From then on all of it lies at the tensor itself, for whoever writes to it."""
+    state, grads = promised.state, []
     origins, value = state.origins(), state.value
     if origins is not None:
-        grads += [_whole(state, grad, ids) for ids, grad in origins.grads()]
+        grads = [_whole(state, grad, ids) for ids, grad in origins.take_grads()]
     elif value is not None and (value.is_leaf or value.retains_grad):
-        grads.append(value.grad)
-    return _sum(grads)
+        grads, value.grad = [value.grad], None
+    with torch._C.DisableTorchFunctionSubclass():
+        if any(grad is not None for grad in grads):
+            promised.grad = _sum([promised.grad, *grads])
+        return promised.grad
+
+
+def _set_grad(promised: Any, grad: Tensor | None) -> None:
+    _grad_of(promised)
+    with torch._C.DisableTorchFunctionSubclass():
+        promised.grad = grad
 
 
 def _whole(state: Any, grad: Tensor | None, ids: Tensor | None) -> Tensor | None:
@@ -528,5 +536,6 @@ PromisedRows.handlers |= {
     Tensor.register_hook: _watch("register_hook"),
     Tensor.retain_grad: _watch("retain_grad"),
     Tensor.grad.__get__: _grad_of,  # type: ignore[union-attr]
+    Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
     torch.autograd.grad: _autograd_grad,
 }

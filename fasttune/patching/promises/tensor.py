@@ -128,7 +128,7 @@ class State:
     def origins(self) -> Origins | None:
         """Where the gradient of what was made before can be had; None: in `value`, if anything was made."""
         written = self.value is not None and _version(self.value) != self.version
-        if written or not self.rising or self.dtype != self.source.dtype:
+        if written or not self.rising or self.dtype != self.source.dtype or self.source.holds_itself:
             return None
         before = list(self.chain())[1:]
         # What the source's rows got is this tensor's only if nobody read them but through it.
