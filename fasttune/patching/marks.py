@@ -22,8 +22,8 @@ ATTRIBUTE = "_fasttune"
 
 @dataclass
 class Settings:
-    """Shared by all modules of one patched model. ran: (what) -> calls in which it ran; asides: (what, why) -> calls in
-    which it stepped aside; reads: (reader) -> promised tensors of which it read every row."""
+    """Shared by all modules of one patched model. ran: packing, trim or layers -> calls in which they ran; asides: (one
+    of them, why) -> calls in which it stepped aside; reads: reader -> promised tensors of which it read every row."""
 
     options: Options
     family: str  # name of the family's module in fasttune.patching.families
@@ -50,7 +50,7 @@ class Settings:
         return twin
 
     def note(self, what: str) -> None:
-        if not torch.compiler.is_compiling():  # it would guard on the counter and compile anew at each call
+        if not torch.compiler.is_compiling():
             self.ran[what] += 1
 
     def aside(self, what: str, why: str) -> None:
@@ -63,19 +63,22 @@ class Settings:
 
 @dataclass
 class ModulePatch:
-    """`module._fasttune` of a module whose class was exchanged, or that was only marked (attention)."""
+    """`module._fasttune` of a module whose class was exchanged. calls: in which it ran; asides: why -> those in which
+    it stepped aside."""
 
     settings: Settings
     operation: str
     does: str  # as in the report
     tied: bool = False  # of an embedding: a head of the model shares its weight
+    calls: int = 0
+    asides: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.backend = self.settings.options.requested_backend
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModulePatch:
         twin = copy.copy(self)
-        twin.settings = copy.deepcopy(self.settings, memo)
+        twin.settings, twin.asides = copy.deepcopy(self.settings, memo), Counter(self.asides)
         return twin
 
     def fused(self, x: Tensor) -> bool:
@@ -83,11 +86,13 @@ class ModulePatch:
         return not unusual() and runs_fused(self.operation, x.device.type, x.dtype, self.backend)
 
     def note(self) -> None:
-        self.settings.note(self.does)
+        if not torch.compiler.is_compiling():  # it would guard on the counter and compile anew at each call
+            self.calls += 1
 
     def aside(self, why: str) -> None:
         """Notes that this call took the stock path, for the report."""
-        self.settings.aside(self.does, why)
+        if not torch.compiler.is_compiling():
+            self.asides[why] += 1
 
 
 @dataclass

@@ -36,6 +36,9 @@ RULES = {
     "GPT-2's classifier looks for padding in the tokens, and its choices are flattened as tokens": lambda case: (
         case.call is embedded and case.head in ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel")
     ),
+    "ALBERT's layers have no checkpoints": lambda case: (
+        case.head.startswith("Albert") and case.mode in (LAYERS, REENTRANT_LAYERS)
+    ),
     "backward of a checkpoint runs the model again, as it is then": lambda case: (
         case.mode in CHECKPOINTS and case.between not in _CHANGES_NOTHING
     ),

@@ -5,16 +5,42 @@ from torch import nn
 
 def layers_of(model):
     base = model.base_model
-    return base.h if hasattr(base, "h") else base.encoder.layer
+    if hasattr(base, "h"):
+        return base.h
+    if hasattr(base, "transformer"):
+        return base.transformer.layer
+    return base.encoder.layer if hasattr(base.encoder, "layer") else base.encoder.albert_layer_groups
+
+
+def _alone(layer):
+    """ALBERT's, out of a group of one."""
+    return layer.albert_layers[0] if hasattr(layer, "albert_layers") else layer
 
 
 def _dense_of(layer):
     """A linear layer that a fused path would not call."""
+    layer = _alone(layer)
+    if hasattr(layer, "ffn"):
+        return getattr(layer.ffn, "lin1", layer.ffn)
     return layer.mlp.c_fc if hasattr(layer, "mlp") else layer.intermediate.dense
 
 
 def _norm_of(layer):
-    return (layer, "ln_2") if hasattr(layer, "ln_2") else (layer.output, "LayerNorm")
+    layer = _alone(layer)
+    for name in ("ln_2", "output_layer_norm", "full_layer_layer_norm"):
+        if hasattr(layer, name):
+            return layer, name
+    return layer.output, "LayerNorm"
+
+
+def _activate_by(layer, activation):
+    layer = _alone(layer)
+    if hasattr(layer, "ffn"):
+        (layer if hasattr(layer, "activation") else layer.ffn).activation = activation
+    elif hasattr(layer, "mlp"):
+        layer.mlp.act = activation
+    else:
+        layer.intermediate.intermediate_act_fn = activation
 
 
 def as_it_is(model):
@@ -108,19 +134,12 @@ def another_norm(model):
 
 
 def softmax_over_tokens(model):
-    layer = layers_of(model)[1]
-    if hasattr(layer, "mlp"):
-        layer.mlp.act = nn.Softmax(dim=-2)
-    else:
-        layer.intermediate.intermediate_act_fn = nn.Softmax(dim=-2)
+    _activate_by(layers_of(model)[1], nn.Softmax(dim=-2))
 
 
 def relu(model):
     for layer in layers_of(model):
-        if hasattr(layer, "mlp"):
-            layer.mlp.act = nn.ReLU()
-        else:
-            layer.intermediate.intermediate_act_fn = nn.ReLU()
+        _activate_by(layer, nn.ReLU())
 
 
 STRUCTURES = (

@@ -6,8 +6,10 @@ import inspect
 import torch
 import transformers
 from transformers import (
+    AlbertConfig,
     BertConfig,
     CamembertConfig,
+    DistilBertConfig,
     ElectraConfig,
     GPT2Config,
     RobertaConfig,
@@ -35,6 +37,29 @@ _CONFIGS = {
     "Camembert": lambda p: CamembertConfig(**_BERT_LIKE, hidden_dropout_prob=p, attention_probs_dropout_prob=p),
     "Electra": lambda p: ElectraConfig(
         **_BERT_LIKE, embedding_size=32, hidden_dropout_prob=p, attention_probs_dropout_prob=p, summary_last_dropout=p
+    ),
+    # Two groups of one layer, of which the first is run twice.
+    "Albert": lambda p: AlbertConfig(
+        **(_BERT_LIKE | {"num_hidden_layers": 3}),
+        embedding_size=32,
+        num_hidden_groups=2,
+        hidden_dropout_prob=p,
+        attention_probs_dropout_prob=p,
+        classifier_dropout_prob=p,
+    ),
+    "DistilBert": lambda p: DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=96,
+        max_position_embeddings=48,
+        pad_token_id=PAD,
+        num_labels=3,
+        dropout=p,
+        attention_dropout=p,
+        qa_dropout=p,
+        seq_classif_dropout=p,
     ),
     "GPT2": lambda p: GPT2Config(
         vocab_size=VOCABULARY,
@@ -96,20 +121,34 @@ RELATIVES = [
     "ElectraForTokenClassification",
     "ElectraForQuestionAnswering",
 ]
-HEADS = [*GPT2_HEADS, *BERT_HEADS, *RELATIVES]
+# Encoders whose layers are not BERT's under another name.
+ENCODERS = [
+    "AlbertModel",
+    "AlbertForMaskedLM",
+    "AlbertForPreTraining",
+    "AlbertForSequenceClassification",
+    "AlbertForMultipleChoice",
+    "AlbertForTokenClassification",
+    "AlbertForQuestionAnswering",
+    "DistilBertModel",
+    "DistilBertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "DistilBertForMultipleChoice",
+    "DistilBertForTokenClassification",
+    "DistilBertForQuestionAnswering",
+]
+HEADS = [*GPT2_HEADS, *BERT_HEADS, *RELATIVES, *ENCODERS]
 
 
 def family_of(head):
-    return next(
-        name for name in ("GPT2", "Bert", "XLMRoberta", "Roberta", "Camembert", "Electra") if head.startswith(name)
-    )
+    return next(name for name in _CONFIGS if head.startswith(name))
 
 
 def config_of(head, dropout=0.0, **changes):
     config = _CONFIGS[family_of(head)](dropout)
     if "ForCausalLM" in head or head == "BertLMHeadModel":
         config.is_decoder = True
-    if "QuestionAnswering" in head:
+    if "QuestionAnswering" in head or head == "AlbertForPreTraining":
         config.num_labels = 2
     for name, value in changes.items():
         setattr(config, name, value)
@@ -154,14 +193,15 @@ def batch_of(model, batch=3, length=13, padding=None, seed=1):
     names = inspect.signature(type(model).forward).parameters
     if head.endswith(("LM", "LMHeadModel", "ForPreTraining", "DoubleHeadsModel")):
         labels = ids.masked_fill(mask == 0, -100)
-        if "Masked" in head or head == "BertForPreTraining":
+        if "Masked" in head or head in ("AlbertForPreTraining", "BertForPreTraining"):
             labels = labels.masked_fill(torch.rand(ids.shape, generator=g) < 0.5, -100)
             labels[0, 0] = 7
         if head == "ElectraForPreTraining":
             labels = integers(2, batch, length)
         inputs["labels"] = labels
-        if "next_sentence_label" in names:
-            inputs["next_sentence_label"] = integers(2, batch)
+        for name in ("next_sentence_label", "sentence_order_label"):
+            if name in names:
+                inputs[name] = integers(2, batch)
     elif "TokenClassification" in head:
         inputs["labels"] = integers(3, batch, length).masked_fill(mask == 0, -100)
     elif "SequenceClassification" in head:

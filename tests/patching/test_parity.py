@@ -3,7 +3,7 @@
 import pytest
 import torch
 from model_parity import check_parity
-from models import BERT_HEADS, GPT2_HEADS, RELATIVES
+from models import BERT_HEADS, ENCODERS, GPT2_HEADS, RELATIVES
 
 # Padding is dropped only where nobody reads it, which is each head's own affair.
 BATCHES = {
@@ -17,13 +17,13 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS])
+@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS, *ENCODERS])
 def test_loss_and_gradients_in_float32(head, batch):
     check_parity(head, torch.float32, BATCHES[batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS])
+@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS, *ENCODERS])
 def test_loss_and_gradients_in_half_precision(head, dtype):
     check_parity(head, dtype, BATCHES["padded right"])
 

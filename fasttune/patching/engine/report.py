@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
@@ -97,23 +98,31 @@ def _rows(part: Any, family: Family, settings: Settings) -> list[Row]:
                 groups.setdefault((skeleton(name), type(module).__name__, "", "", note), []).append(name)
     rows = []
     for (_, stock, runs, backend, note), names in groups.items():
-        inside = any(_ran(settings, rules[owner]) for owner in rules if owner and names[0].startswith(owner + "."))
-        told = _told(settings, runs, note, inside)
-        rows.append(Row(fold(names), len(names), stock, runs, backend, told, settings.ran[runs] if runs else 0))
+        marks = [patch_of(part.get_submodule(name)) for name in names] if runs else []
+        calls = sum(mark.calls for mark in marks)
+        if not note and runs:
+            inside = any(
+                _ran(settings, rules[owner], part.get_submodule(owner))
+                for owner in rules
+                if owner and names[0].startswith(owner + ".")
+            )
+            note = _told(calls, sum((mark.asides for mark in marks), Counter()), inside)
+        rows.append(Row(fold(names), len(names), stock, runs, backend, note, calls))
     return rows + _skipped_work_rows(settings, family, part)
 
 
-def _ran(settings: Settings, rule: Replacement) -> int:
-    """In how many calls a replacement ran; that of a layer as one piece."""
-    return settings.ran["layers" if rule.group == "packing or trim" else rule.does]
+def _ran(settings: Settings, rule: Replacement, module: Any) -> bool:
+    """Whether a replacement has run; that of a layer as one piece."""
+    if rule.group == "packing or trim":
+        return settings.ran["layers"] > 0
+    mark = patch_of(module)
+    return mark is not None and mark.calls > 0
 
 
-def _told(settings: Settings, what: str, note: str, inside: bool) -> str:
-    """Why `what` did not run, and in how many calls. inside: a module that it is a part of did its work."""
-    if note or not what:
-        return note
-    told = [f"stepped aside {n} times: {why}" for (of, why), n in settings.asides.items() if of == what]
-    if not told and not settings.ran[what]:
+def _told(calls: int, asides: Counter[str], inside: bool) -> str:
+    """Why it did not run, and in how many calls. inside: a module that it is a part of did its work."""
+    told = [f"stepped aside {n} times: {why}" for why, n in asides.items()]
+    if not told and not calls:
         told.append(INSIDE if inside else NEVER)
     return "; ".join(told)
 

@@ -16,6 +16,8 @@ FAMILIES = {
     "transformers.models.xlm_roberta.modeling_xlm_roberta": "xlm_roberta",
     "transformers.models.camembert.modeling_camembert": "camembert",
     "transformers.models.electra.modeling_electra": "electra",
+    "transformers.models.distilbert.modeling_distilbert": "distilbert",
+    "transformers.models.albert.modeling_albert": "albert",
 }
 
 

@@ -6,119 +6,63 @@ how its embeddings count positions and where its language-model head is; `bert_l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fasttune import ops
 from fasttune.patching.families._leaves import common_leaves
 from fasttune.patching.families.spec import Family, Replacement
-from fasttune.patching.layers.attention import (
-    across,
-    attend,
-    fills,
-    fresh_cache,
-    into_cache,
-    layout_for_attention,
-)
-from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
-from fasttune.patching.layers.frozen import Norm, Unknown, activation, known, linear, probability
+from fasttune.patching.layers import post_norm
+from fasttune.patching.layers.attention import across, fills, fresh_cache, self_attention
+from fasttune.patching.layers.embeddings import sum_norm_dropout, why_no_sum
+from fasttune.patching.layers.entry import ordinary
 from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
+from fasttune.patching.layers.mlp import dense_gelu, transform, why_no_gelu
 from fasttune.patching.layers.patched import Patched
-from fasttune.patching.layers.tied import lookup_view
-from fasttune.patching.padding.layout import Layout
-from fasttune.patching.premises.known import HARMLESS, stock_class, why_replaced, why_unknown, why_watched
-from fasttune.patching.promises.tensor import PromisedRows
+from fasttune.patching.layers.post_norm import Parts
+from fasttune.patching.premises.known import stock_class, why_replaced, why_unknown
 
 
-class PostNorm:
-    """As it was when called: a = norm(dropout(out(attention(x))) + x), norm(dropout(down(act(up(a)))) + a)."""
+class PromisedLayer(post_norm.PromisedLayer):
+    """A layer that may be a decoder's, too."""
 
-    def __init__(self, layer: Any) -> None:
-        attention, attend = layer.attention, layer.attention.self
-        names = type(layer).__name__.removesuffix("Layer")
-        for module, suffix in (
-            (attention, "Attention"),
-            (attend, "SelfAttention"),
-            (attention.output, "SelfOutput"),
-            (layer.intermediate, "Intermediate"),
-            (layer.output, "Output"),
-        ):
-            cls = stock_class(type(module))
-            if cls.__name__ != f"{names}{suffix}" or not cls.__module__.startswith("transformers.models."):
-                raise Unknown(f"{cls.__name__} is not stock's")
-            why = why_watched(module, HARMLESS if module is attend else ()) or why_replaced(cls)
-            if why is not None:
-                raise Unknown(why)
-        if layer.chunk_size_feed_forward:
-            raise Unknown("chunk_size_feed_forward")
-        if why_replaced(stock_class(type(layer))) or "feed_forward_chunk" in layer.__dict__:
-            raise Unknown(f"the forward of {type(layer).__name__} was replaced")
-        patch = layer._fasttune
-        self.backend = patch.backend
-        self.head_dim, self.scale = attend.attention_head_size, float(attend.scaling)
-        self.query, self.key, self.value = (linear(part) for part in (attend.query, attend.key, attend.value))
-        self.out, self.norm1 = linear(attention.output.dense), Norm(attention.output.LayerNorm)
-        self.up, self.down = linear(layer.intermediate.dense), linear(layer.output.dense)
-        self.norm2 = Norm(layer.output.LayerNorm)
-        self.act, self.gelu = activation(layer.intermediate.intermediate_act_fn)
-        self.fused_mlp = bool(self.gelu) and patch.settings.options.mlp and type(self.up).__name__ == "Linear"
-        known(attend.dropout, nn.Dropout)
-        of_attention = float(attend.dropout.p) if attend.training else 0.0  # as stock: the module itself is not called
-        self.dropouts = (of_attention, probability(attention.output.dropout), probability(layer.output.dropout))
-        parts = (self.query, self.key, self.value, self.out, self.norm1, self.up, self.down, self.norm2)
-        self.weights = tuple(weight for part in parts for weight in part.weights)
+    def attends(self) -> Any:
+        attention = getattr(self.attention, "self", None)
+        return attention if hasattr(attention, "attention_head_size") else None
 
-    def whole(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
-        row_ids = layout.packed.indices
-        key, value = self.keys_and_values(hidden, row_ids)
-        query = self.queries(hidden, row_ids)
-        packed = layout.packed
-        out = ops.attention(
-            query,
-            key,
-            value,
-            causal=layout.causal,
-            scale=self.scale,
-            dropout_p=self.dropouts[0],
-            cu_seqlens=packed.cu_seqlens,
-            max_seqlen=packed.max_seqlen,
-            backend=self.backend,
+    def parts(self) -> Parts:
+        attention, attend = self.attention, self.attention.self
+        stock, names = stock_class(type(self)), type(self).__name__.removesuffix("Layer")
+        inside = {
+            "Attention": attention,
+            "SelfAttention": attend,
+            "SelfOutput": attention.output,
+            "Intermediate": self.intermediate,
+            "Output": self.output,
+        }
+        return Parts(
+            inside=tuple((part, getattr(sys.modules[stock.__module__], f"{names}{n}")) for n, part in inside.items()),
+            attend=attend,
+            head_dim=attend.attention_head_size,
+            scale=attend.scaling,
+            query=attend.query,
+            key=attend.key,
+            value=attend.value,
+            attention_dropout=attend.dropout,
+            out=attention.output.dense,
+            out_dropout=attention.output.dropout,
+            norm1=attention.output.LayerNorm,
+            up=self.intermediate.dense,
+            act=self.intermediate.intermediate_act_fn,
+            down=self.output.dense,
+            down_dropout=self.output.dropout,
+            norm2=self.output.LayerNorm,
+            chunks=self.chunk_size_feed_forward,
         )
-        return self.finish(out.flatten(1), hidden, row_ids), (key, value)
-
-    def kept(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        return tensors[0], tensors[1]
-
-    def keys_and_values(self, hidden: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-        heads = (-1, self.head_dim)
-        return self.key(hidden, row_ids).unflatten(-1, heads), self.value(hidden, row_ids).unflatten(-1, heads)
-
-    def queries(self, rows: Tensor, row_ids: Tensor) -> Tensor:
-        return self.query(rows, row_ids).unflatten(-1, (-1, self.head_dim))
-
-    def finish(self, attended: Tensor, rows: Tensor, row_ids: Tensor | None) -> Tensor:
-        after = self._norm(self.norm1, self.out(attended, row_ids), rows, self.dropouts[1], row_ids)
-        if self.fused_mlp:
-            product = self.up.product(after)  # type: ignore[union-attr]
-            middle = ops.bias_gelu(product, self.up.bias, approximate=self.gelu, backend=self.backend)  # type: ignore[union-attr, arg-type]
-        else:
-            middle = self.act(self.up(after, row_ids))
-        return self._norm(self.norm2, self.down(middle, row_ids), after, self.dropouts[2], row_ids)
-
-    def _norm(self, norm: Norm, x: Tensor, residual: Tensor, p: float, row_ids: Tensor | None) -> Tensor:
-        if not norm.fused:
-            return norm(ops.dropout(x, dropout_p=p, row_ids=row_ids, backend=self.backend) + residual, self.backend)
-        options: dict[str, Any] = {"eps": norm.eps, "dropout_p": p, "row_ids": row_ids, "backend": self.backend}
-        return ops.dropout_add_layer_norm(x, residual, norm.weight, norm.bias, **options)
-
-
-class PromisedLayer(Patched):
-    """A layer that hands out a promise of its output where it is known through and through."""
 
     def forward(
         self,
@@ -130,30 +74,18 @@ class PromisedLayer(Patched):
         **kwargs: Any,
     ) -> Tensor:
         others = {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values, **kwargs}
-        attention = self.attention.self if hasattr(self.attention, "self") else None
-        if attention is not None and hasattr(attention, "attention_head_size"):
-            promised = promise(
-                self,
-                lambda: PostNorm(self),
-                hidden_states,
-                attention_mask,
-                attention=attention,
-                heads=attention.num_attention_heads,
-                head_dim=attention.attention_head_size,
-                arguments=others,
-            )
-            if promised is not None:
-                return promised
-            attention_mask = mask_for_stock(hidden_states, attention_mask, attention, kwargs)
+        out, attention_mask = self.promised(hidden_states, attention_mask, others)
+        if out is not None:
+            return out
         if not isinstance(getattr(getattr(self, "crossattention", None), "self", None), CrossAttention):
             (encoder_hidden_states,) = ordinary(encoder_hidden_states)
         hidden_states, attention_mask, encoder_attention_mask = ordinary(
             hidden_states, attention_mask, encoder_attention_mask
         )
-        out: Tensor = super().forward(
+        result: Tensor = super().forward(
             hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
         )
-        return out
+        return result
 
 
 class SelfAttention(Patched):
@@ -162,18 +94,20 @@ class SelfAttention(Patched):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
-        layout = None
-        fresh = fresh_cache(past_key_values, self.layer_idx)
-        if fresh and hidden_states.dim() == 3 and 0 not in hidden_states.shape:
-            layout = layout_for_attention(self, hidden_states, attention_mask, self.attention_head_size, kwargs)
-        if layout is None:
+        out = None
+        if fresh_cache(past_key_values, self.layer_idx):
+            out = self_attention(
+                self,
+                hidden_states,
+                attention_mask,
+                (self.query, self.key, self.value),
+                dropout=self.dropout,
+                cache=past_key_values,
+                arguments=kwargs,
+            )
+        if out is None:
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
-        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-        query, key, value = (f(hidden_states).view(shape) for f in (self.query, self.key, self.value))
-        into_cache(past_key_values, key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-        p = self.dropout.p if self.training else 0.0
-        out = attend(query, key, value, layout, scale=self.scaling, dropout_p=p, backend=self._fasttune.backend)
-        return out.flatten(2), None
+        return out, None
 
 
 class CrossAttention(Patched):
@@ -233,16 +167,8 @@ class DenseGelu(Patched):
     """GELU(dense(x)), the bias added in the activation's pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        patch, dense = self._fasttune, self.dense
-        kind, why = gelu_of(self.intermediate_act_fn)
-        why = why or why_unknown(dense, nn.Linear) or why_replaced(stock_class(type(self)))
-        if why is not None or dense.bias is None or not patch.fused(hidden_states):
-            if why is not None:
-                patch.aside(why)
-            return super().forward(hidden_states)
-        patch.note()
-        product = F.linear(hidden_states, dense.weight)
-        return ops.bias_gelu(product, dense.bias, approximate=kind, backend=patch.backend)  # type: ignore[arg-type]
+        out = dense_gelu(self, hidden_states, self.dense, self.intermediate_act_fn)
+        return super().forward(hidden_states) if out is None else out
 
 
 class DenseGeluNorm(Patched):
@@ -259,85 +185,31 @@ class DenseGeluNorm(Patched):
         return getattr(self, self.activation_name)
 
 
-def transform(module: Any, hidden: Tensor, dense: Any, act: Any, norm: Any) -> Tensor | None:
-    """LayerNorm(GELU(dense(hidden))), as promised rows of promised rows; None where the module has to run as it is."""
-    patch = module._fasttune
-    kind, why = gelu_of(act)
-    why = why or why_unknown(norm, nn.LayerNorm) or why_replaced(stock_class(type(module)))
-    if why is None and not patch.fused(hidden):
-        return None
-    if why is not None:
-        patch.aside(why)
-        return None
-    patch.note()
-    backend = patch.backend
-    options: dict[str, Any] = {"eps": norm.eps, "approximate": kind, "backend": backend}
-    weight, bias = norm.weight, norm.bias
-    waits = isinstance(hidden, PromisedRows) and hidden.untouched() and bool(patch.settings.options.trim)
-    if not waits and _may_wait(module, hidden):
-        hidden, waits = _of_tensor(hidden), True
-    if waits:
-        try:
-            inner = linear(dense)
-        except Unknown as unknown:
-            patch.aside(str(unknown))
-        else:
-            function = lambda rows, ids: ops.gelu_layer_norm(inner(rows, ids), weight, bias, **options)  # noqa: E731
-            promised: PromisedRows = hidden.mapped(  # type: ignore[attr-defined]
-                function, (*inner.weights, weight, bias), weight.shape[0]
-            )
-            return promised
-    return ops.gelu_layer_norm(dense(hidden), weight, bias, **options)
-
-
-def _may_wait(module: Any, hidden: Tensor) -> bool:
-    """Whether a head in training may compute its transform for the rows that a loss reads."""
-    return (
-        module.training
-        and module._fasttune.settings.options.loss
-        and bool(module._fasttune.settings.options.trim)
-        and torch.is_grad_enabled()
-        and hidden.requires_grad
-        and hidden.dim() == 3
-        and not torch.compiler.is_compiling()
-        and not isinstance(hidden, PromisedRows)
-        and 0 not in hidden.shape
-        and not module._fasttune.settings.sharded()
-        and module._fasttune.fused(hidden)
-    )
-
-
-def _of_tensor(hidden: Tensor) -> PromisedRows:
-    from fasttune.patching.layers.entry import source_of
-
-    return PromisedRows.of(source_of(hidden), hidden.shape[:-1])
-
-
-def gelu_of(function: Any) -> tuple[str, str | None]:
-    """("none" or "tanh", None), or why an activation cannot be fused."""
-    try:
-        _, kind = activation(function)
-    except Unknown as unknown:
-        return "", str(unknown)
-    return kind, None if kind else f"its activation is {function!r}, not GELU"
-
-
-def why_no_gelu(name: str) -> Callable[[Any], str | None]:
-    """A check for `Replacement.unsuited`: the activation held by attribute `name`."""
-
-    def check(module: Any) -> str | None:
-        _, why = gelu_of(getattr(module, name))
-        return why if why is None or "hooks" not in why else None  # hooks may go again; they are seen at each call
-
-    return check
-
-
-class SumNormDropout(Patched):
+class LookedUp(Patched):
     """dropout(LayerNorm(word + position + token type)), looked up, summed and normalised in one pass."""
 
     def positions(self, input_ids: Tensor, past: int) -> Tensor:
         """Position ids where the caller gave none, (1 or B, S)."""
         return self.position_ids[:, past : input_ids.shape[1] + past]
+
+    def looked_up(
+        self, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, past: int = 0
+    ) -> Tensor | None:
+        """None where the module has to run as it is."""
+
+        def ids() -> tuple[Tensor, Tensor]:
+            assert input_ids is not None
+            positions = self.positions(input_ids, past) if position_ids is None else position_ids
+            types = token_type_ids
+            if types is None:
+                types = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
+            return positions, types
+
+        return sum_norm_dropout(self, input_ids, ids)
+
+
+class SumNormDropout(LookedUp):
+    """The embeddings of a model that may be a decoder."""
 
     def forward(
         self,
@@ -347,68 +219,10 @@ class SumNormDropout(Patched):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> Tensor:
-        patch, norm, word, position, token_type = (
-            self._fasttune,
-            self.LayerNorm,
-            self.word_embeddings,
-            self.position_embeddings,
-            self.token_type_embeddings,
-        )
-        why = "inputs_embeds" if input_ids is None else None
-        for table in (word, position, token_type):
-            why = why or why_unknown(table, nn.Embedding) or why_no_embedding(table)
-        why = why or why_unknown(norm, nn.LayerNorm) or why_no_layer_norm(norm) or why_unknown(self.dropout, nn.Dropout)
-        why = why or why_replaced(stock_class(type(self)))
-        if why is not None or not patch.fused(word.weight):
-            if why is not None:
-                patch.aside(why)
+        out = self.looked_up(input_ids, token_type_ids, position_ids, past_key_values_length)
+        if out is None:
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        assert input_ids is not None
-        patch.note()
-        if position_ids is None:
-            position_ids = self.positions(input_ids, past_key_values_length)
-        if token_type_ids is None:
-            token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids)
-        tied = lookup_view(word) if isinstance(word, Patched) else None
-        out = ops.embedding(
-            input_ids,
-            word.weight if tied is None else tied[1],
-            position_ids=position_ids.expand(input_ids.shape),
-            position_weight=without_gradient_of_row(position.weight, position.padding_idx),
-            token_type_ids=token_type_ids.expand(input_ids.shape),
-            token_type_weight=without_gradient_of_row(token_type.weight, token_type.padding_idx),
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            eps=norm.eps,
-            dropout_p=self.dropout.p if self.dropout.training else 0.0,
-            padding_idx=word.padding_idx,
-            sparse_grad=tied is not None,
-            backend=patch.backend,
-        )
-        if tied is not None:
-            out._fasttune_tied = (tied[0], tied[2])  # type: ignore[attr-defined]
         return out
-
-
-class _WithoutGradientOfRow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone()
-        grad[ctx.row] = 0
-        return grad, None
-
-
-def without_gradient_of_row(weight: Tensor, row: int | None) -> Tensor:
-    """The same weight; its row `row` gets no gradient (an Embedding's padding_idx). For small tables: it copies."""
-    if row is None:
-        return weight
-    result: Tensor = _WithoutGradientOfRow.apply(weight, row)
-    return result
 
 
 def bert_like(
@@ -446,12 +260,7 @@ def bert_like(
                 "embedding",
                 "lookups + sum + LayerNorm + dropout",
                 covers=("position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
-                unsuited=lambda module: (
-                    why_no_layer_norm(module.LayerNorm)
-                    or why_no_embedding(module.word_embeddings)
-                    or why_no_embedding(module.position_embeddings)
-                    or why_no_embedding(module.token_type_embeddings)
-                ),
+                unsuited=why_no_sum,
             ),
             Replacement(
                 nn.Embedding,

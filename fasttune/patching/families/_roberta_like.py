@@ -12,6 +12,7 @@ from transformers import activations
 from fasttune.patching.families import _bert_like as shared
 from fasttune.patching.families.spec import Family
 from fasttune.patching.layers.leaves import why_no_layer_norm
+from fasttune.patching.layers.mlp import transform
 from fasttune.patching.layers.patched import Patched
 
 
@@ -25,7 +26,7 @@ class LMHead(Patched):
     """decoder(LayerNorm(GELU(dense(x)))); the GELU is a module-level activation of Transformers."""
 
     def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
-        transformed = shared.transform(self, features, self.dense, activations.gelu, self.layer_norm)
+        transformed = transform(self, features, self.dense, activations.gelu, self.layer_norm)
         if transformed is None:
             return super().forward(features, **kwargs)
         return self.decoder(transformed)

@@ -3,6 +3,7 @@
 from transformers.models.bert import modeling_bert as stock
 
 from fasttune.patching.families import _bert_like as shared
+from fasttune.patching.layers.mlp import why_no_gelu
 
 
 class BertEmbeddings(shared.SumNormDropout, stock.BertEmbeddings): ...
@@ -36,7 +37,7 @@ FAMILY = shared.bert_like(
     prefix="Bert",
     vocabulary="decoder",
     transform="BertPredictionHeadTransform",
-    transform_unsuited=shared.why_no_gelu("transform_act_fn"),
+    transform_unsuited=why_no_gelu("transform_act_fn"),
     pooled=("BertModel", "BertForNextSentencePrediction", "BertForSequenceClassification", "BertForMultipleChoice"),
     of_every_token=(
         "BertForMaskedLM",

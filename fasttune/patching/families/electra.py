@@ -3,6 +3,7 @@
 from transformers.models.electra import modeling_electra as stock
 
 from fasttune.patching.families import _bert_like as shared
+from fasttune.patching.layers.mlp import why_no_gelu
 
 
 class ElectraEmbeddings(shared.SumNormDropout, stock.ElectraEmbeddings): ...
@@ -38,7 +39,7 @@ FAMILY = shared.bert_like(
     vocabulary="generator_lm_head",
     transform="ElectraGeneratorPredictions",
     transform_covers=("LayerNorm", "activation"),
-    transform_unsuited=shared.why_no_gelu("activation"),
+    transform_unsuited=why_no_gelu("activation"),
     pooled=("ElectraModel", "ElectraForSequenceClassification", "ElectraForMultipleChoice"),
     of_every_token=(
         "ElectraForMaskedLM",

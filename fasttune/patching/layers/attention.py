@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
@@ -58,6 +58,31 @@ def layout_for_attention(
         return None
     patch.note()
     return layout
+
+
+def self_attention(
+    module: Any,
+    hidden: Tensor,
+    mask: Tensor | None,
+    projections: tuple[Any, Any, Any],
+    *,
+    dropout: nn.Dropout,
+    arguments: Mapping[str, Any],
+    cache: Any = None,
+) -> Tensor | None:
+    """Of a module that calls it what BERT does (attention_head_size, scaling): (B, S, H * D), None where stock's has to
+    run. projections: those of query, key and value; cache: one that holds nothing for this layer yet."""
+    if hidden.dim() != 3 or 0 in hidden.shape:
+        return None
+    layout = layout_for_attention(module, hidden, mask, module.attention_head_size, arguments)
+    if layout is None:
+        return None
+    heads = (-1, module.attention_head_size)
+    query, key, value = (project(hidden).unflatten(-1, heads) for project in projections)
+    into_cache(cache, key.transpose(1, 2), value.transpose(1, 2), getattr(module, "layer_idx", 0))
+    p = dropout.p if module.training else 0.0
+    out = attend(query, key, value, layout, scale=module.scaling, dropout_p=p, backend=module._fasttune.backend)
+    return out.flatten(2)
 
 
 def attend(

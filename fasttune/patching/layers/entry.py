@@ -179,7 +179,7 @@ def _check(layer: Patched, hidden: Tensor, attention: Any, head_dim: int, layout
         raise Unknown("attention weights were asked for")
     if implementation == "eager" and layout.blind:
         raise Unknown("queries that see no key under eager attention")
-    if layer.training and layer.gradient_checkpointing and not torch.is_grad_enabled():
+    if layer.training and getattr(layer, "gradient_checkpointing", False) and not torch.is_grad_enabled():
         raise Unknown("reentrant gradient checkpointing")
     if head_dim > MAX_HEAD_DIM:
         raise Unknown(f"heads of {head_dim} dimensions")
