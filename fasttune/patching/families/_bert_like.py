@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from fasttune import ops
 from fasttune.patching.families._leaves import common_leaves
 from fasttune.patching.families.spec import Family, Replacement
-from fasttune.patching.layers import post_norm
+from fasttune.patching.layers import promised
 from fasttune.patching.layers.attention import across, fills, fresh_cache, self_attention
+from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.entry import ordinary
 from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
 from fasttune.patching.layers.mlp import dense_gelu, transform, why_no_gelu
 from fasttune.patching.layers.patched import Patched
-from fasttune.patching.layers.post_norm import Parts
+from fasttune.patching.layers.projections import Separate
 from fasttune.patching.premises.known import stock_class, why_replaced, why_unknown
 
 
-class PromisedLayer(post_norm.PromisedLayer):
+class PromisedLayer(promised.PromisedLayer):
     """A layer that may be a decoder's, too."""
 
     def attends(self) -> Any:
@@ -47,11 +48,8 @@ class PromisedLayer(post_norm.PromisedLayer):
         return Parts(
             inside=tuple((part, getattr(sys.modules[stock.__module__], f"{names}{n}")) for n, part in inside.items()),
             attend=attend,
-            head_dim=attend.attention_head_size,
+            project=Separate(attend.query, attend.key, attend.value, attend.attention_head_size),
             scale=attend.scaling,
-            query=attend.query,
-            key=attend.key,
-            value=attend.value,
             attention_dropout=attend.dropout,
             out=attention.output.dense,
             out_dropout=attention.output.dropout,

@@ -11,11 +11,13 @@ from fasttune.patching.families import _bert_like as shared
 from fasttune.patching.families._leaves import common_leaves
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import self_attention
+from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import why_no_sum
 from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
 from fasttune.patching.layers.mlp import transform
 from fasttune.patching.layers.patched import Patched
-from fasttune.patching.layers.post_norm import Parts, PromisedEncoderLayer
+from fasttune.patching.layers.projections import Separate
+from fasttune.patching.layers.promised import PromisedEncoderLayer
 
 
 class AlbertEmbeddings(shared.LookedUp, stock.AlbertEmbeddings):
@@ -37,11 +39,8 @@ class AlbertLayer(PromisedEncoderLayer, stock.AlbertLayer):
         return Parts(
             inside=((attend, stock.AlbertAttention),),
             attend=attend,
-            head_dim=attend.attention_head_size,
+            project=Separate(attend.query, attend.key, attend.value, attend.attention_head_size),
             scale=attend.scaling,
-            query=attend.query,
-            key=attend.key,
-            value=attend.value,
             attention_dropout=attend.attention_dropout,
             out=attend.dense,
             out_dropout=attend.output_dropout,

@@ -10,11 +10,13 @@ from transformers.models.distilbert import modeling_distilbert as stock
 from fasttune.patching.families._leaves import common_leaves
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import self_attention
+from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.leaves import Embedding, why_no_embedding
 from fasttune.patching.layers.mlp import dense_gelu, why_no_gelu
 from fasttune.patching.layers.patched import Patched
-from fasttune.patching.layers.post_norm import Parts, PromisedEncoderLayer
+from fasttune.patching.layers.projections import Separate
+from fasttune.patching.layers.promised import PromisedEncoderLayer
 
 
 class Embeddings(Patched, stock.Embeddings):
@@ -27,7 +29,7 @@ class Embeddings(Patched, stock.Embeddings):
 
 
 class TransformerBlock(PromisedEncoderLayer, stock.TransformerBlock):
-    heads = "n_heads"
+    names = ("n_heads", "attention_head_size")
 
     def attends(self) -> Any:
         return self.attention if isinstance(self.attention, stock.DistilBertSelfAttention) else None
@@ -37,11 +39,8 @@ class TransformerBlock(PromisedEncoderLayer, stock.TransformerBlock):
         return Parts(
             inside=((attend, stock.DistilBertSelfAttention), (ffn, stock.FFN)),
             attend=attend,
-            head_dim=attend.attention_head_size,
+            project=Separate(attend.q_lin, attend.k_lin, attend.v_lin, attend.attention_head_size),
             scale=attend.scaling,
-            query=attend.q_lin,
-            key=attend.k_lin,
-            value=attend.v_lin,
             attention_dropout=attend.dropout,
             out=attend.out_lin,
             out_dropout=None,

@@ -7,7 +7,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
@@ -24,8 +23,9 @@ from fasttune.patching.layers.attention import (
     into_cache,
     layout_for_attention,
 )
-from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
-from fasttune.patching.layers.frozen import Linear, Norm, Unknown, activation, known, linear, probability
+from fasttune.patching.layers.captured import Parts
+from fasttune.patching.layers.entry import ordinary
+from fasttune.patching.layers.frozen import Linear, Unknown, activation, linear
 from fasttune.patching.layers.layer_rows import LayerRows
 from fasttune.patching.layers.leaves import (
     Embedding,
@@ -33,106 +33,44 @@ from fasttune.patching.layers.leaves import (
     why_no_layer_norm,
 )
 from fasttune.patching.layers.patched import Patched
+from fasttune.patching.layers.pre_norm import PreNorm
+from fasttune.patching.layers.projections import Fused
+from fasttune.patching.layers.promised import PromisedLayer
 from fasttune.patching.layers.tied import lookup_view
-from fasttune.patching.padding.layout import Layout
-from fasttune.patching.premises.known import HARMLESS, stock_class, why_replaced, why_unknown, why_watched
+from fasttune.patching.premises.known import why_replaced, why_unknown, why_watched
 from fasttune.patching.promises.later import Later
 from fasttune.patching.promises.tensor import PromisedRows
 
 
-class PreNorm:
-    """A block as it was when it was called: a = dropout(out(attention(norm1(x)))) + x, then
-    dropout(down(act(up(norm2(a))))) + a."""
+class GPT2Block(PromisedLayer, stock.GPT2Block):
+    captured = PreNorm
+    names = ("num_heads", "head_dim")
 
-    def __init__(self, block: Any) -> None:
-        attn, mlp = block.attn, block.mlp
-        for module, cls in ((attn, stock.GPT2Attention), (mlp, stock.GPT2MLP)):
-            if stock_class(type(module)) is not cls:
-                raise Unknown(f"{type(module).__name__} is not the {cls.__name__} it takes the place of")
-            why = why_watched(module, HARMLESS if module is attn else ()) or why_replaced(cls)
-            if why is not None:
-                raise Unknown(why)
-        if why_replaced(stock.GPT2Block):
-            raise Unknown("the forward of GPT2Block was replaced")
+    def attends(self) -> Any:
+        return self.attn if isinstance(self.attn, stock.GPT2Attention) else None
+
+    def parts(self) -> Parts:
+        attn, mlp = self.attn, self.mlp
         if attn.reorder_and_upcast_attn and attn.config._attn_implementation == "eager":
             raise Unknown("reorder_and_upcast_attn")
         if attn.is_cross_attention:
             raise Unknown("cross-attention in the place of self-attention")
-        patch = block._fasttune
-        self.backend = patch.backend
-        self.heads, self.head_dim, self.scale = attn.num_heads, attn.head_dim, float(attn.scaling)
-        self.width = attn.split_size
-        self.norm1, self.norm2 = Norm(block.ln_1), Norm(block.ln_2)
-        self.qkv, self.out = linear(attn.c_attn), linear(attn.c_proj)
-        self.up, self.down = linear(mlp.c_fc), linear(mlp.c_proj)
-        self.act, self.gelu = activation(mlp.act)
-        self.fused_mlp = bool(self.gelu) and patch.settings.options.mlp and type(self.up) is Linear
-        known(attn.attn_dropout, nn.Dropout)
-        of_attention = float(attn.attn_dropout.p) if attn.training else 0.0  # as stock: the module itself is not called
-        self.dropouts = (of_attention, probability(attn.resid_dropout), probability(mlp.dropout))
-        parts = (self.norm1, self.norm2, self.qkv, self.out, self.up, self.down)
-        self.weights = tuple(weight for part in parts for weight in part.weights)
-
-    def whole(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
-        row_ids, packed = layout.packed.indices, layout.packed
-        qkv = self.qkv(self.norm1(hidden, self.backend), row_ids).unflatten(-1, (3, self.heads, self.head_dim))
-        options: dict[str, Any] = {
-            "causal": layout.causal,
-            "scale": self.scale,
-            "dropout_p": self.dropouts[0],
-            "backend": self.backend,
-            "cu_seqlens": packed.cu_seqlens,
-            "max_seqlen": packed.max_seqlen,
-        }
-        attended = ops.attention_packed_qkv(qkv, **options)  # its gradient is then written once
-        return self.finish(attended.flatten(1), hidden, row_ids), (qkv,)
-
-    def kept(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        if len(tensors) == 1:
-            return tensors[0][:, 1], tensors[0][:, 2]
-        return tensors[0], tensors[1]
-
-    def keys_and_values(self, hidden: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """A query's product, which can wait, is left out."""
-        normed = self.norm1(hidden, self.backend)
-        if type(self.qkv) is Linear and self.qkv.transposed and self.qkv.bias is not None:
-            both = torch.addmm(self.qkv.bias[self.width :], normed, self.qkv.weight[:, self.width :])
-        else:
-            both = self.qkv(normed, row_ids)[:, self.width :]
-        key, value = both.unflatten(-1, (2, self.heads, self.head_dim)).unbind(1)
-        return key, value
-
-    def queries(self, rows: Tensor, row_ids: Tensor) -> Tensor:
-        normed = self.norm1(rows, self.backend)
-        if type(self.qkv) is Linear and self.qkv.transposed and self.qkv.bias is not None:
-            query = torch.addmm(self.qkv.bias[: self.width], normed, self.qkv.weight[:, : self.width])
-        else:
-            query = self.qkv(normed, row_ids)[:, : self.width]
-        return query.unflatten(-1, (self.heads, self.head_dim))
-
-    def finish(self, attended: Tensor, rows: Tensor, row_ids: Tensor | None) -> Tensor:
-        projected, norm, backend = self.out(attended, row_ids), self.norm2, self.backend
-        normed, after = ops.dropout_add_layer_norm(
-            projected,
-            rows,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            dropout_p=self.dropouts[1],
-            prenorm=True,
-            row_ids=row_ids,
-            backend=backend,
+        return Parts(
+            inside=((attn, stock.GPT2Attention), (mlp, stock.GPT2MLP)),
+            attend=attn,
+            project=Fused(attn.c_attn, attn.num_heads, attn.head_dim),
+            scale=attn.scaling,
+            attention_dropout=attn.attn_dropout,
+            out=attn.c_proj,
+            out_dropout=attn.resid_dropout,
+            norm1=self.ln_1,
+            up=mlp.c_fc,
+            act=mlp.act,
+            down=mlp.c_proj,
+            down_dropout=mlp.dropout,
+            norm2=self.ln_2,
         )
-        if self.fused_mlp:
-            product = self.up.product(normed)  # type: ignore[union-attr]
-            middle = ops.bias_gelu(product, self.up.bias, approximate=self.gelu, backend=backend)  # type: ignore[union-attr, arg-type]
-        else:
-            middle = self.act(self.up(normed, row_ids))
-        down = self.down(middle, row_ids)
-        return ops.dropout(down, dropout_p=self.dropouts[2], residual=after, row_ids=row_ids, backend=backend)
 
-
-class GPT2Block(Patched, stock.GPT2Block):
     def forward(
         self,
         hidden_states: Any,
@@ -147,22 +85,11 @@ class GPT2Block(Patched, stock.GPT2Block):
         others = {"encoder_hidden_states": encoder_hidden_states, **kwargs}
         if not fresh:
             others["past_key_values"] = past_key_values
-        if isinstance(self.attn, stock.GPT2Attention) and self._fasttune.settings.options.norms:
-            promised = promise(
-                self,
-                lambda: PreNorm(self),
-                hidden_states,
-                attention_mask,
-                attention=self.attn,
-                heads=self.attn.num_heads,
-                head_dim=self.attn.head_dim,
-                arguments=others,
-            )
-            if promised is not None:
-                if fresh and past_key_values is not None:
-                    _fill(past_key_values, self.attn.layer_idx, promised)
-                return promised
-        attention_mask = mask_for_stock(hidden_states, attention_mask, self.attn, kwargs)
+        promised, attention_mask = self.promised(hidden_states, attention_mask, others)
+        if promised is not None:
+            if fresh and past_key_values is not None:
+                _fill(past_key_values, self.attn.layer_idx, promised)  # type: ignore[arg-type]
+            return promised
         hidden_states, attention_mask, encoder_attention_mask = ordinary(
             hidden_states, attention_mask, encoder_attention_mask
         )
@@ -197,7 +124,8 @@ class _Cached:
 def _fill(cache: Any, layer_idx: int, promised: PromisedRows) -> None:
     """Hands the cache what stock would have put into it."""
     source: Any = promised.state.source
-    shape = (source.layout.shape[0], source.layer.heads, source.layout.shape[1], source.layer.head_dim)
+    of = source.layer.projection
+    shape = (source.layout.shape[0], of.heads, source.layout.shape[1], of.head_dim)
     key, value = (Later.of(_Cached(source, part), shape, source.dtype, source.device) for part in (0, 1))
     into_cache(cache, key, value, layer_idx)
 

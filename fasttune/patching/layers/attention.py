@@ -20,10 +20,10 @@ from fasttune.ops.packing import PackedBatch
 from fasttune.patching.layers.entry import ATTENTIONS, NEUTRAL, UNREAD, attentions_wanted, layout_of_call, source_of
 from fasttune.patching.layers.frozen import Unknown
 from fasttune.patching.layers.patched import Patched
+from fasttune.patching.layers.real_keys import over_real_keys
 from fasttune.patching.marks import reading_waits, runs_fused, unusual
 from fasttune.patching.padding.layout import Layout
 from fasttune.patching.promises.later import Later
-from fasttune.patching.promises.source import on
 from fasttune.patching.promises.tensor import PromisedRows, materialized
 
 
@@ -89,28 +89,18 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, dropout_p: float, backend: str | None
 ) -> Tensor:
     """(B, S, H, D): queries at padding too, over the real keys of their row."""
-    options: dict[str, Any] = {"causal": layout.causal, "scale": scale, "dropout_p": dropout_p, "backend": backend}
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "backend": backend}
+    terms: dict[str, Any] = {"causal": layout.causal, "window": layout.window}
     packed = layout.packed
     if layout.full and packed.cu_seqlens.shape[0] - 1 == layout.shape[0]:
-        return ops.attention(query, key, value, **options)
+        return ops.attention(query, key, value, **options, **terms)
     options |= {"cu_seqlens": packed.cu_seqlens, "max_seqlen": packed.max_seqlen}
     if layout.full:
-        return ops.attention(*(x.flatten(0, 1) for x in (query, key, value)), **options).unflatten(0, layout.shape)
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        return ops.attention(query, key, value, **options, **terms).unflatten(0, layout.shape)
     key, value = (ops.pack(x, packed)[0] for x in (key, value))
-    looking, positions, counts = queries_of_all(layout)
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
-    flat = query.flatten(0, 1)
-    device = query.device
-    chosen = on(looking, device)
-    out = ops.attention(
-        flat.index_select(0, chosen),
-        key,
-        value,
-        cu_seqlens_q=on(offsets, device),
-        positions_q=on(positions.to(torch.int32), device),
-        **options,
-    )
-    return flat.new_zeros(flat.shape, dtype=out.dtype).index_copy(0, chosen, out).unflatten(0, layout.shape)
+    out = over_real_keys(query.flatten(0, 1), torch.arange(layout.places.numel()), key, value, layout, options)
+    return out.unflatten(0, layout.shape)
 
 
 def keys_given(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
@@ -247,19 +237,3 @@ def into_cross_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int) -> 
     if cache is not None:
         cache.cross_attention_cache.update(key, value, layer_idx)
         cache.is_updated[layer_idx] = True
-
-
-def queries_of_all(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token as a query: (numbers of the tokens that see a key, sequence by sequence in the order of their
-    positions; these positions; how many in each sequence)."""
-    length = layout.shape[1]
-    ids = torch.arange(layout.shape[0] * length)
-    real = layout.places >= 0
-    sequence, column = ids // length, ids % length
-    begins = layout.lengths.cumsum(0) - layout.lengths
-    seen, lengths = layout.seen, layout.lengths.index_select(0, sequence)
-    behind = torch.where(seen == lengths, torch.maximum(column, seen), seen - 1)
-    positions = torch.where(real, layout.places - begins.index_select(0, sequence), behind)
-    order = (sequence * (2 * length) + positions).argsort(stable=True)
-    order = order[(real | (seen > 0))[order]]
-    return order, positions[order], torch.bincount(sequence[order], minlength=layout.shape[0])

@@ -53,11 +53,13 @@ def promise(
     heads: int,
     head_dim: int,
     arguments: Mapping[str, Any],
+    window: int | None = None,
 ) -> PromisedRows | None:
     """The layer's output (B, S, E) as promised rows; None where it has to run as it stands.
 
     freeze: captures the layer, or raises Unknown. hidden (B, S, E); mask: of its self-attention. attention: the module
-    that knows the config and whether it is causal. arguments: what else the layer was called with.
+    that knows the config and whether it is causal. arguments: what else the layer was called with. window: how far its
+    tokens see, if the mask says so too.
     """
     settings = layer._fasttune.settings
     options = settings.options
@@ -72,7 +74,7 @@ def promise(
     try:
         if mask is not None and not options.packing and reading_waits(hidden.device):
             raise Unknown(UNREAD)
-        layout = layout_of_call(hidden, mask, attention, arguments)
+        layout = layout_of_call(hidden, mask, attention, arguments, window)
         if not layout.full and not options.packing:
             return None
         _check(layer, hidden, attention, head_dim, layout)
@@ -110,7 +112,9 @@ def source_of(hidden: Tensor) -> RowSource:
     return source
 
 
-def layout_of_call(hidden: Tensor, mask: Any, attention: Any, arguments: Mapping[str, Any]) -> Layout:
+def layout_of_call(
+    hidden: Tensor, mask: Any, attention: Any, arguments: Mapping[str, Any], window: int | None = None
+) -> Layout:
     """Who sees whom in this call; raises Unknown."""
     given = {name for name, value in arguments.items() if value is not None and value is not False}
     unusual_ones = given - NEUTRAL - _OFFSETS - {"is_causal"}
@@ -124,7 +128,7 @@ def layout_of_call(hidden: Tensor, mask: Any, attention: Any, arguments: Mapping
     shape = (hidden.shape[0], hidden.shape[1])
     if given & _OFFSETS and mask is None:
         return _by_offsets(arguments, shape, causal)
-    layout = layout_of(mask, shape, hidden.device, causal=causal)
+    layout = layout_of(mask, shape, hidden.device, causal=causal, window=window)
     if layout is None:
         raise Unknown("a mask of another kind than padding or sequences side by side")
     if mask is None and causal and attention.config._attn_implementation == "eager":

@@ -61,6 +61,14 @@ class Linear:
         """Without the bias."""
         return x @ self.weight if self.transposed else F.linear(x, self.weight)
 
+    def part(self, x: Tensor, row_ids: Tensor | None, begin: int, end: int) -> Tensor:
+        """Some columns of the output."""
+        bias = None if self.bias is None else self.bias[begin:end]
+        if not self.transposed:
+            return F.linear(x, self.weight[begin:end], bias)
+        weight = self.weight[:, begin:end]
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
 
 class Adapted:
     """A linear layer with a LoRA adapter of PEFT's: a replica of the module, its dropouts by the numbers of rows."""
@@ -97,6 +105,9 @@ class Adapted:
             dropout.row_ids = row_ids
         out: Tensor = self.replica.forward(x)
         return out
+
+    def part(self, x: Tensor, row_ids: Tensor | None, begin: int, end: int) -> Tensor:
+        return self(x, row_ids)[:, begin:end]
 
 
 class _RowDropout(nn.Module):

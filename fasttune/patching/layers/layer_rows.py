@@ -24,6 +24,7 @@ from torch.utils.weak import TensorWeakRef
 
 from fasttune import ops
 from fasttune.ops._random import draw_seed, repeating
+from fasttune.patching.layers.real_keys import over_real_keys
 from fasttune.patching.padding.layout import Layout
 from fasttune.patching.promises.source import RowSource, on, take_rows
 
@@ -40,11 +41,8 @@ class Frozen(Protocol):
     def dropouts(self) -> tuple[float, ...]:
         """In the order in which the layer draws their seeds; attention's first."""
 
-    @property
-    def scale(self) -> float: ...
-
-    @property
-    def backend(self) -> str | None: ...
+    def options(self, layout: Layout) -> dict[str, Any]:
+        """Of `ops.attention` over the packed rows of a layout, but for causal and window."""
 
     def whole(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
         """hidden (T, E) -> (the layer's output (T, E), what backward keeps of keys and values)."""
@@ -148,7 +146,7 @@ class LayerRows(RowSource):
         """Real rows at ids; None: all of them, packed."""
         key, value = self._keys_and_values()
         packed, hidden = self.layout.packed, self.input.real(self.layout)
-        options = self._attention_options()
+        options = self.layer.options(self.layout) | {"causal": self.layout.causal, "window": self.layout.window}
         if ids is None:
             rows, row_ids = hidden, packed.indices
         else:
@@ -167,24 +165,11 @@ class LayerRows(RowSource):
         sequence = torch.bucketize(places, ends, right=True)
         begins = ends - self.layout.lengths
         counts = torch.bincount(sequence, minlength=ends.numel())
-        return self._queries(counts, places - begins.index_select(0, sequence))
-
-    def _queries(self, counts: Tensor, positions: Tensor) -> dict[str, Tensor]:
         offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
+        positions = places - begins.index_select(0, sequence)
         return {
             "cu_seqlens_q": on(offsets, self.device),
             "positions_q": on(positions.to(torch.int32), self.device),
-        }
-
-    def _attention_options(self) -> dict[str, Any]:
-        packed = self.layout.packed
-        return {
-            "causal": self.layout.causal,
-            "scale": self.layer.scale,
-            "dropout_p": self.layer.dropouts[0],
-            "cu_seqlens": packed.cu_seqlens,
-            "max_seqlen": packed.max_seqlen,
-            "backend": self.layer.backend,
         }
 
     # Any rows
@@ -265,25 +250,10 @@ class LayerRows(RowSource):
 
     def _padding_over(self, rows: Tensor, ids: Tensor, keys_and_values: tuple[Tensor, Tensor]) -> Tensor:
         key, value = keys_and_values
-        row_ids, length = on(ids, self.device), self.layout.shape[1]
-        seen = self.layout.seen.index_select(0, ids)
-        sequence, column = ids // length, ids % length
-        # A query behind the last key it sees stands at its column; one between keys at the last that it sees.
-        beyond = seen == self.layout.lengths.index_select(0, sequence)
-        positions = torch.where(beyond, torch.maximum(column, seen), seen - 1)
-        counts = torch.bincount(sequence, minlength=self.layout.shape[0])
+        row_ids, options = on(ids, self.device), self.layer.options(self.layout)
         with repeating(self.seeds):
             query = self.layer.queries(rows, row_ids)
-            some = seen > 0
-            if bool(some.all()):
-                options = self._attention_options() | self._queries(counts, positions)
-                attended = ops.attention(query, key, value, **options)
-            else:  # who sees no key gets zeros, as from stock's attention
-                looking = some.nonzero().squeeze(1)
-                counts = torch.bincount(sequence[looking], minlength=self.layout.shape[0])
-                options = self._attention_options() | self._queries(counts, positions[looking])
-                found = ops.attention(take_rows(query, looking), key, value, **options)
-                attended = torch.zeros_like(query, dtype=found.dtype).index_copy(0, on(looking, self.device), found)
+            attended = over_real_keys(query, ids, key, value, self.layout, options)
             return self.layer.finish(attended.flatten(1), rows, row_ids)
 
 

@@ -5,6 +5,7 @@ narrowed, position ids that start anew, somebody's own. Its values are compared 
 none of them has no layout, and attention under it runs as stock does.
 
 padding      every query sees the real keys of its row (or, causal, those up to itself)
+window       of these, the keys in columns no further than a window from its own; the real tokens stand side by side
 sequences    several sequences side by side in a row, causal within each
 
 Shape legend: mask (B, 1, S, S) bool, True where a query may look at a key, or additive (0 there, the dtype's minimum
@@ -14,7 +15,7 @@ elsewhere); B rows of S tokens, T of them real; ids number the B * S tokens row 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -44,11 +45,13 @@ def _for_later(function: Callable[_P, _T]) -> Callable[_P, _T]:
 @dataclass(frozen=True, eq=False)
 class Layout:
     """packed: the real tokens, sequence by sequence. causal: whether a token sees only those up to itself.
-    real: bool (B, S) on the CPU, None if all tokens are."""
+    real: bool (B, S) on the CPU, None if all tokens are. window: how far from its own position a token sees, None
+    without such a limit."""
 
     packed: PackedBatch
     causal: bool
     real: Tensor | None = None
+    window: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,9 +95,22 @@ class Layout:
 
     @cached_property
     @_for_later
+    def begins(self) -> Tensor:
+        """int64 (B,) on the CPU: the column of each row's first real token."""
+        assert self.real is not None
+        return self.real.int().argmax(1)
+
+    @cached_property
+    @_for_later
     def blind(self) -> bool:
         """Whether a token at padding sees no key at all."""
-        return self.real is not None and bool(((self.seen == 0) & ~self.real.flatten()).any())
+        if self.real is None:
+            return False
+        if self.window is None:
+            return bool(((self.seen == 0) & ~self.real.flatten()).any())
+        place = torch.arange(self.shape[1]) - self.begins[:, None]
+        sees = (place - self.window < self.lengths[:, None]) & (place >= (0 if self.causal else -self.window))
+        return not bool((sees & (self.lengths > 0)[:, None]).all())
 
 
 @lru_cache(maxsize=64)
@@ -107,8 +123,11 @@ def unpadded(shape: tuple[int, int], device: torch.device, causal: bool) -> Layo
     return Layout(PackedBatch(ids.to(device), offsets.to(device), length, shape), causal)
 
 
-def layout_of(mask: Tensor | None, shape: tuple[int, int], device: torch.device, *, causal: bool) -> Layout | None:
-    """The layout that a mask of self-attention stands for; causal: what no mask stands for. None: no known pattern."""
+def layout_of(
+    mask: Tensor | None, shape: tuple[int, int], device: torch.device, *, causal: bool, window: int | None = None
+) -> Layout | None:
+    """The layout that a mask of self-attention stands for; causal: what no mask stands for; window: the one that the
+    mask may show. None: no known pattern."""
     if mask is None:
         return unpadded(shape, device, causal)
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-2:] != (shape[1], shape[1]) or 0 in shape:
@@ -117,15 +136,15 @@ def layout_of(mask: Tensor | None, shape: tuple[int, int], device: torch.device,
         return None
     known = getattr(mask, _ATTRIBUTE, None)
     version = None if mask.is_inference() else mask._version
-    if known is not None and version is not None and known[:2] == (version, shape):
-        found: Layout | None = known[2]
+    if known is not None and version is not None and known[:3] == (version, shape, window):
+        found: Layout | None = known[3]
         return found
-    found = _recognised(mask, shape)
-    setattr(mask, _ATTRIBUTE, (version, shape, found))
+    found = _recognised(mask, shape, window)
+    setattr(mask, _ATTRIBUTE, (version, shape, window, found))
     return found
 
 
-def _recognised(mask: Tensor, shape: tuple[int, int]) -> Layout | None:
+def _recognised(mask: Tensor, shape: tuple[int, int], window: int | None) -> Layout | None:
     device, mask = mask.device, mask.detach()[:, 0].cpu()  # the one time that the host waits for a GPU
     visible = mask if mask.dtype == torch.bool else mask == 0
     hidden_is_hidden = True
@@ -144,6 +163,12 @@ def _recognised(mask: Tensor, shape: tuple[int, int]) -> Layout | None:
     if bool((visible == (last[:, None] & triangle)).all()):
         return _padded(last, device, causal=True)
     tokens = torch.arange(shape[1])
+    if window is not None:
+        distance, keys = tokens - tokens[:, None], visible.any(1)
+        for causal in (False, True):
+            near = (distance.abs() <= window) & ((distance <= 0) if causal else (distance == distance))
+            if bool((visible == (keys[:, None] & near)).all()):
+                return _windowed(keys, device, causal, window)
     starts = visible.int().argmax(-1) == tokens  # the first key that a query sees is its own token
     number = starts.cumsum(1)
     together = (number[:, :, None] == number[:, None, :]) & starts[:, :1, None]
@@ -162,6 +187,13 @@ def _padded(real: Tensor, device: torch.device, *, causal: bool) -> Layout:
         indices, offsets = packed.indices.to(device), packed.cu_seqlens.to(device)
         packed = PackedBatch(indices, offsets, packed.max_seqlen, packed.shape)
     return Layout(packed, causal, real.clone())
+
+
+def _windowed(real: Tensor, device: torch.device, causal: bool, window: int) -> Layout | None:
+    """Packed tokens are as far apart as their columns only where the real ones of a row stand side by side."""
+    if bool((real.int().diff(dim=1) > 0).sum(1).add(real[:, 0].int()).gt(1).any()):
+        return None
+    return replace(_padded(real, device, causal=causal), window=window)
 
 
 @_for_later
