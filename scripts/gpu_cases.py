@@ -257,6 +257,20 @@ def _embedding(dtype: torch.dtype) -> Callable[[], Any]:
     return call
 
 
+def _rotary(dtype: torch.dtype, width: int, packed: bool) -> Callable[[], Any]:
+    def call() -> None:
+        from fasttune.kernels import rotary
+
+        shape = (1, ROWS) if packed else (SEQUENCES, TOKENS)
+        x, out = (empty(*shape, 3, HIDDEN // 64, 64, dtype=dtype) for _ in range(2))
+        table = empty(TOKENS, width, dtype=dtype if packed else torch.float32)
+        row_ids = empty(ROWS, dtype=torch.int64) if packed else None
+        for inverse in (False, True):
+            rotary.rotary(x, out, table, table, row_ids, 2, inverse)
+
+    return call
+
+
 def _packing(dtype: torch.dtype) -> Callable[[], Any]:
     def call() -> None:
         from fasttune.kernels import packing
@@ -277,6 +291,9 @@ def loss_and_index_cases() -> Iterator[Case]:
         yield Case("linear_max", "", dtype, _linear_max(dtype))
         yield Case("embedding", "", dtype, _embedding(dtype))
         yield Case("packing", "", dtype, _packing(dtype))
+        yield Case("rotary", "", dtype, _rotary(dtype, 64, False))
+    # A quarter of a head, tables in 16 bits, chosen rows: each adds a load or a mask, the same in every dtype.
+    yield Case("rotary", "quarter packed", torch.bfloat16, _rotary(torch.bfloat16, 16, True))
 
 
 def cases() -> list[Case]:

@@ -170,6 +170,23 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
             lambda word, kind: F.embedding(ids, word) + F.embedding(types, kind),
             [random(100, columns), random(2, columns)],
         )
+    elif operation == "rotary":
+        for head_dim, width in ((64, 64), (64, 16), (80, 80), (37, 22)) if big else ((20, 12),):
+            tables = [torch.randn(tokens, width, device=device).bfloat16().float() for _ in range(2)]
+            ids = torch.randint(0, tokens, (rows,), device=device)
+
+            def turned(x: torch.Tensor, tables: Any = tables, ids: torch.Tensor = ids) -> torch.Tensor:
+                return ops.rotary(x, *tables, row_ids=ids, rotated=2, backend=backend)
+
+            def composed(x: torch.Tensor, tables: Any = tables, ids: torch.Tensor = ids) -> torch.Tensor:
+                width = tables[0].shape[1]
+                cos, sin = (table[ids][:, None, None].to(x.dtype) for table in tables)
+                part, rest = x[:, :2, :, :width], x[:, :2, :, width:]
+                low, high = part.chunk(2, -1)
+                part = part * cos + torch.cat((-high, low), -1) * sin
+                return torch.cat((torch.cat((part, rest), -1), x[:, 2:]), 1)
+
+            yield case(f"D{head_dim} W{width}", turned, composed, [random(rows, 3, 5, head_dim)])
     elif operation == "packing":
         mask = torch.rand(4, tokens, device=device) < 0.6
         yield case(

@@ -100,6 +100,8 @@ def work(kernel: str, case: Case) -> Work | None:
         "embedding_sum_kernel": Work(hidden, 4 * size + 24 / HIDDEN, 2),
         "run_sums_kernel": Work(hidden, 2 * size, 1),
         "gather_rows_kernel": Work(hidden // 2, 2 * size, 0),
+        # Two parts of three are turned. Tables of a quarter of a head in 16 bits and row numbers, or float32 tables.
+        "rotary_kernel": Work(3 * hidden, 2 * size + (72 if case.variant else 512) / (3 * HIDDEN), 4),
         "scale_kernel": Work(hidden, 0, 0),
     }
     return known.get(kernel)

@@ -14,6 +14,7 @@ IDS = torch.tensor([[1, 0, 3], [2, 2, 1]])
 LABELS = torch.tensor([1, -100, 4, 0])
 CU = torch.tensor([0, 3, 5])
 CHOSEN = {"cu_seqlens": CU, "cu_seqlens_q": torch.tensor([0, 1, 3]), "positions_q": torch.tensor([1, 0, 4])}
+TABLES = torch.linspace(-1, 1, 48).view(2, 3, 8)  # no cosines and sines: both halves of a row count
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
 
 
@@ -60,6 +61,11 @@ def _log_probs(x: Tensor, weight: Tensor, bias: Tensor, **options: object) -> Te
     return found.log_prob + found.logsumexp + found.entropy + found.mean_logit
 
 
+def _rotary(x: Tensor, **options: object) -> Tensor:
+    positions = torch.tensor([0, 1, 2, 0, 1], device=x.device)
+    return ops.rotary(x, *(table.to(x.device) for table in TABLES), row_ids=positions, rotated=2, **options)
+
+
 _ROWS, _PARAMETER, _HEADS = (4, 20), (20,), (2, 3, 2, 16)
 
 CALLS = {
@@ -101,6 +107,10 @@ CALLS = {
     "embedding": Call(lambda w, **o: ops.embedding(IDS.to(w.device), w, **o), ((5, 16),), linear=True),
     "embedding, sparse": Call(
         lambda w, **o: ops.embedding(IDS.to(w.device), w, sparse_grad=True, **o), ((5, 16),), linear=True
+    ),
+    "rotary": Call(_rotary, ((5, 3, 2, 16),), linear=True),
+    "rotary, sequences": Call(
+        lambda x, **o: ops.rotary(x, *(table.to(x.device) for table in TABLES), **o), ((2, 3, 2, 10),), linear=True
     ),
     "pack and unpack": Call(_there_and_back, ((2, 3, 8),)),
     "tied_views": Call(_tied, ((5, 16),)),

@@ -30,6 +30,7 @@ OPS = {
     "linear_log_prob",
     "linear_max",
     "pack",
+    "rotary",
     "unpack",
 }
 NN = {

@@ -12,6 +12,7 @@ from fasttune.ops.linear_cross_entropy import linear_cross_entropy
 from fasttune.ops.linear_log_prob import LinearLogProb, linear_log_prob
 from fasttune.ops.linear_max import linear_max
 from fasttune.ops.packing import PackedBatch, pack, unpack
+from fasttune.ops.rotary import rotary
 
 __all__ = [
     "LinearLogProb",
@@ -31,5 +32,6 @@ __all__ = [
     "linear_log_prob",
     "linear_max",
     "pack",
+    "rotary",
     "unpack",
 ]

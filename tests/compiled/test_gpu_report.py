@@ -58,6 +58,7 @@ def test_every_case_has_work_or_is_a_second_stage():
         "linear_max": "linear_max_forward_kernel",
         "embedding": "embedding_sum_kernel",
         "packing": "gather_rows_kernel",
+        "rotary": "rotary_kernel",
     }
     for case in gpu_cases.cases():
         work = gpu_work.work(names[case.operation], case)

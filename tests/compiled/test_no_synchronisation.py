@@ -131,6 +131,11 @@ def packing():
     return ops.unpack(ops.pack(leaf(2, 64, 768), batch)[0], batch)
 
 
+def rotary():
+    tables = [gpu_cases.empty(512, 64, dtype=torch.float32) for _ in range(2)]
+    return ops.rotary(leaf(128, 3, 12, 64), *tables, row_ids=integers(128), rotated=2)
+
+
 STEPS = [
     attention,
     packed_attention,
@@ -143,6 +148,7 @@ STEPS = [
     log_probs,
     pooled_maxima,
     packing,
+    rotary,
 ]
 
 

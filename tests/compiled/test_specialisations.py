@@ -17,6 +17,7 @@ from fasttune.kernels import (
     linear_log_prob,
     linear_max,
     packing,
+    rotary,
 )
 from fasttune.ops._attention_call import Call
 
@@ -107,6 +108,14 @@ def packing_both_ways(batch, tokens):
     packing.scatter_rows(packing.gather_rows(rows, indices, rows.shape[0]), indices, rows.shape[0])
 
 
+def turned_rows(batch, tokens):
+    table = empty(1024, 64, dtype=torch.float32)
+    for shape, rotated in (((1, batch * tokens, 3, 12, 64), 2), ((batch, tokens, 1, 12, 64), 1)):
+        x, out = (empty(*shape, dtype=DTYPE) for _ in range(2))
+        row_ids = empty(batch * tokens, dtype=torch.int64)
+        rotary.rotary(x, out, table, table, row_ids, rotated, inverse=False)
+
+
 STEPS = [
     attention_step,
     lambda batch, tokens: attention_step(batch, tokens, packed=True),
@@ -120,6 +129,7 @@ STEPS = [
     pooled_maxima,
     lookups,
     packing_both_ways,
+    turned_rows,
 ]
 
 

@@ -59,6 +59,7 @@ CASES = {
     "cross_entropy": lambda: ops.cross_entropy(zeros(ROWS, 2), labels(ROWS)),
     "linear_max": lambda: ops.linear_max(zeros(2 * MANY, 1), zeros(3, 1), 2 * offsets(MANY)),
     "embedding": lambda: ops.embedding(labels(ROWS), zeros(5, 2)),
+    "rotary": lambda: ops.rotary(zeros(ROWS, 1, 2), *[torch.zeros(1, 2)] * 2, row_ids=labels(ROWS)),
     "unpack": lambda: ops.unpack(*ops.pack(zeros(ROWS, 2, 1), torch.ones(ROWS, 2))),
 }
 

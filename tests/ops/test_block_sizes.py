@@ -339,6 +339,30 @@ def check_packed_attention(backend):
     assert_same_math(of_chosen, lambda *tensors: alone(*tensors)[flat], inputs, names, SWEEP_SLACK)
 
 
+def check_rotary(backend):
+    """Triton: 1024 pairs of columns a program, of at most 8 heads, which it walks; wider heads than that in one tile.
+    C++: 16384 elements or more a thread, by whole rows."""
+    pairs, block = (triton("rotary", "PAIRS"), triton("rotary", "HEADS")) if INTERPRETED else (16384, 8)
+    for rows, heads, head_dim, width in (
+        (2 * pairs + 3, 1, 2, 2),
+        (2 * pairs // (block * 32) + 3, 2 * block + 3, 64, 64),
+        (3, 1, 2 * 1024 + 70, 2 * 1024 + 6),
+    ):
+        cos, sin = torch.randn(2, rows, width).bfloat16().float()
+
+        def fused(x, cos=cos, sin=sin):
+            return ops.rotary(x, cos, sin, rotated=2, backend=backend)
+
+        def stock(x, cos=cos, sin=sin, width=width):
+            cos, sin = (table[:, None, None].to(x.dtype) for table in (cos, sin))
+            part, rest = x[:, :2, :, :width], x[:, :2, :, width:]
+            low, high = part.chunk(2, -1)
+            part = part * cos + torch.cat((-high, low), -1) * sin
+            return torch.cat((torch.cat((part, rest), -1), x[:, 2:]), 1)
+
+        assert_same_math(fused, stock, [torch.randn(rows, 3, heads, head_dim)], ["x"])
+
+
 CHECKS = {
     "embedding ids": check_embedding_ids,
     "embedding columns": check_embedding_columns,
@@ -348,6 +372,7 @@ CHECKS = {
     "linear_max": check_linear_max,
     "attention": check_attention,
     "packed attention": check_packed_attention,
+    "rotary": check_rotary,
 }
 
 

@@ -27,5 +27,6 @@ void bind_indices(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 void bind_log_prob(pybind11::module_& module);
 void bind_linear_max(pybind11::module_& module);
+void bind_rotary(pybind11::module_& module);
 
 }  // namespace fasttune

@@ -57,4 +57,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_layer_norm(module);
   bind_log_prob(module);
   bind_linear_max(module);
+  bind_rotary(module);
 }
