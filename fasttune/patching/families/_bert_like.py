@@ -19,7 +19,7 @@ from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers import promised
 from fasttune.patching.layers.attention import across, fills, fresh_cache, self_attention
 from fasttune.patching.layers.captured import Parts
-from fasttune.patching.layers.embeddings import sum_norm_dropout, why_no_sum
+from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.entry import ordinary
 from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
 from fasttune.patching.layers.mlp import dense_gelu, transform, why_no_gelu
@@ -35,7 +35,7 @@ class PromisedLayer(promised.PromisedLayer):
         attention = getattr(self.attention, "self", None)
         return attention if hasattr(attention, "attention_head_size") else None
 
-    def parts(self) -> Parts:
+    def parts(self, position_embeddings: Any = None) -> Parts:
         attention, attend = self.attention, self.attention.self
         stock, names = stock_class(type(self)), type(self).__name__.removesuffix("Layer")
         inside = {
@@ -183,6 +183,16 @@ class DenseGeluNorm(Patched):
         return getattr(self, self.activation_name)
 
 
+def sum_of(embeddings: Any) -> Sum:
+    return Sum(
+        embeddings.word_embeddings,
+        embeddings.LayerNorm,
+        embeddings.dropout,
+        embeddings.position_embeddings,
+        embeddings.token_type_embeddings,
+    )
+
+
 class LookedUp(Patched):
     """dropout(LayerNorm(word + position + token type)), looked up, summed and normalised in one pass."""
 
@@ -203,7 +213,7 @@ class LookedUp(Patched):
                 types = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
             return positions, types
 
-        return sum_norm_dropout(self, input_ids, ids)
+        return sum_norm_dropout(self, sum_of(self), input_ids, ids)
 
 
 class SumNormDropout(LookedUp):
@@ -258,7 +268,7 @@ def bert_like(
                 "embedding",
                 "lookups + sum + LayerNorm + dropout",
                 covers=("position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
-                unsuited=why_no_sum,
+                unsuited=lambda module: why_no_sum(sum_of(module)),
             ),
             Replacement(
                 nn.Embedding,

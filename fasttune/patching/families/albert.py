@@ -34,7 +34,7 @@ class AlbertLayer(PromisedEncoderLayer, stock.AlbertLayer):
     def attends(self) -> Any:
         return self.attention if isinstance(self.attention, stock.AlbertAttention) else None
 
-    def parts(self) -> Parts:
+    def parts(self, position_embeddings: Any = None) -> Parts:
         attend = self.attention
         return Parts(
             inside=((attend, stock.AlbertAttention),),
@@ -99,7 +99,7 @@ FAMILY = Family(
             "embedding",
             "lookups + sum + LayerNorm + dropout",
             covers=("position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
-            unsuited=why_no_sum,
+            unsuited=lambda module: why_no_sum(shared.sum_of(module)),
         ),
         Replacement(
             nn.Embedding,

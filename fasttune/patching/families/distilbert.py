@@ -11,7 +11,7 @@ from fasttune.patching.families._leaves import common_leaves
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import self_attention
 from fasttune.patching.layers.captured import Parts
-from fasttune.patching.layers.embeddings import sum_norm_dropout, why_no_sum
+from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.leaves import Embedding, why_no_embedding
 from fasttune.patching.layers.mlp import dense_gelu, why_no_gelu
 from fasttune.patching.layers.patched import Patched
@@ -19,22 +19,27 @@ from fasttune.patching.layers.projections import Separate
 from fasttune.patching.layers.promised import PromisedEncoderLayer
 
 
+def _sum(module: Any) -> Sum:
+    return Sum(module.word_embeddings, module.LayerNorm, module.dropout, module.position_embeddings)
+
+
 class Embeddings(Patched, stock.Embeddings):
     def forward(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, position_ids: Any = None) -> Tensor:
         def ids() -> tuple[Tensor, None]:
             return self.position_ids[:, : input_ids.shape[1]] if position_ids is None else position_ids, None
 
-        out = sum_norm_dropout(self, input_ids, ids)
+        out = sum_norm_dropout(self, _sum(self), input_ids, ids)
         return super().forward(input_ids, inputs_embeds, position_ids) if out is None else out
 
 
 class TransformerBlock(PromisedEncoderLayer, stock.TransformerBlock):
-    names = ("n_heads", "attention_head_size")
-
     def attends(self) -> Any:
         return self.attention if isinstance(self.attention, stock.DistilBertSelfAttention) else None
 
-    def parts(self) -> Parts:
+    def heads(self, attention: Any) -> tuple[int, int]:
+        return attention.n_heads, attention.attention_head_size
+
+    def parts(self, position_embeddings: Any = None) -> Parts:
         attend, ffn = self.attention, self.ffn
         return Parts(
             inside=((attend, stock.DistilBertSelfAttention), (ffn, stock.FFN)),
@@ -92,7 +97,7 @@ FAMILY = Family(
             "embedding",
             "lookups + sum + LayerNorm + dropout",
             covers=("position_embeddings", "LayerNorm", "dropout"),
-            unsuited=why_no_sum,
+            unsuited=lambda module: why_no_sum(_sum(module)),
         ),
         Replacement(
             nn.Embedding,

@@ -44,12 +44,14 @@ from fasttune.patching.promises.tensor import PromisedRows
 
 class GPT2Block(PromisedLayer, stock.GPT2Block):
     captured = PreNorm
-    names = ("num_heads", "head_dim")
 
     def attends(self) -> Any:
         return self.attn if isinstance(self.attn, stock.GPT2Attention) else None
 
-    def parts(self) -> Parts:
+    def heads(self, attention: Any) -> tuple[int, int]:
+        return attention.num_heads, attention.head_dim
+
+    def parts(self, position_embeddings: Any = None) -> Parts:
         attn, mlp = self.attn, self.mlp
         if attn.reorder_and_upcast_attn and attn.config._attn_implementation == "eager":
             raise Unknown("reorder_and_upcast_attn")

@@ -28,9 +28,14 @@ from fasttune.patching.promises.tensor import PromisedRows, materialized
 
 
 def layout_for_attention(
-    module: Patched, hidden: Tensor, mask: Tensor | None, head_dim: int, arguments: Mapping[str, Any]
+    module: Patched,
+    hidden: Tensor,
+    mask: Tensor | None,
+    head_dim: int,
+    arguments: Mapping[str, Any],
+    window: int | None = None,
 ) -> Layout | None:
-    """Who sees whom, or None where stock's attention has to run."""
+    """Who sees whom, or None where stock's attention has to run. window: the one that the mask may show."""
     patch = module._fasttune
     if not patch.settings.options.attention or unusual() or hidden.device.type == "meta":
         return None
@@ -50,7 +55,7 @@ def layout_for_attention(
             raise Unknown("a mask inside torch.compile")
         if mask is not None and not patch.settings.options.packing and reading_waits(hidden.device):
             raise Unknown(UNREAD)
-        layout = layout_of_call(hidden, mask, module, arguments)
+        layout = layout_of_call(hidden, mask, module, arguments, window)
         if implementation == "eager" and layout.blind:
             raise Unknown("queries that see no key under eager attention")
     except Unknown as why:

@@ -60,11 +60,9 @@ class Captured:
         self.act, self.kind = activation(parts.act)
         self.gated = parts.gated
         self.fused_mlp = bool(self.kind) and patch.settings.options.mlp and (self.gated or type(self.up) is Linear)
-        if isinstance(parts.attention_dropout, nn.Module):
-            known(parts.attention_dropout, nn.Dropout)
-            of_attention = parts.attention_dropout.p
-        else:
-            of_attention = parts.attention_dropout
+        of_attention = parts.attention_dropout
+        if isinstance(of_attention, nn.Module):
+            of_attention = known(of_attention, nn.Dropout).p
         # As stock, which reads the probability and its own mode: the module itself is not called.
         self.dropouts: tuple[float, ...] = (float(of_attention) if attend.training else 0.0,)
         self.dropouts += tuple(_probability(of) for of in (parts.out_dropout, parts.gate_dropout, parts.down_dropout))

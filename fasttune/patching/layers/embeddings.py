@@ -4,7 +4,7 @@ normalised in one pass."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,38 @@ from fasttune.patching.layers.tied import lookup_view
 from fasttune.patching.premises.known import stock_class, why_replaced, why_unknown
 
 
-def _tables(module: Any) -> tuple[Any, ...]:
-    """The lookup tables beside the words'."""
-    names = ("position_embeddings", "token_type_embeddings")
-    return tuple(table for name in names if (table := getattr(module, name, None)) is not None)
+class Sum(NamedTuple):
+    """The modules of dropout(norm(word + position + token type)); position, token_type: None where there is none."""
+
+    word: Any
+    norm: Any
+    dropout: Any
+    position: Any = None
+    token_type: Any = None
 
 
-def why_no_sum(module: Any) -> str | None:
-    """Why `ops.embedding` cannot stand in for such a module: its tables, its LayerNorm."""
-    why = why_no_layer_norm(module.LayerNorm)
-    for table in (module.word_embeddings, *_tables(module)):
-        why = why or why_no_embedding(table)
+def why_no_sum(parts: Sum) -> str | None:
+    """Why `ops.embedding` cannot stand in for these modules: the tables, the LayerNorm."""
+    why = why_no_layer_norm(parts.norm)
+    for table in (parts.word, parts.position, parts.token_type):
+        why = why or (None if table is None else why_no_embedding(table))
     return why
 
 
 def sum_norm_dropout(
-    module: Any, input_ids: Tensor | None, ids: Callable[[], tuple[Tensor, Tensor | None]]
+    module: Any,
+    parts: Sum,
+    input_ids: Tensor | None,
+    ids: Callable[[], tuple[Tensor | None, Tensor | None]] = lambda: (None, None),
 ) -> Tensor | None:
     """What the module gives for input_ids (B, S), (B, S, E); None where it has to run as it is.
 
-    ids: gives positions and token types, (1 or B, S) each; None for the types of a model that has none."""
-    patch, norm, word = module._fasttune, module.LayerNorm, module.word_embeddings
+    ids: gives positions and token types, (1 or B, S) each; None for those of which there is no table."""
+    patch, word, norm = module._fasttune, parts.word, parts.norm
     why = "inputs_embeds" if input_ids is None else None
-    for table in (word, *_tables(module)):
-        why = why or why_unknown(table, nn.Embedding)
-    why = why or why_unknown(norm, nn.LayerNorm) or why_unknown(module.dropout, nn.Dropout) or why_no_sum(module)
+    for table in (word, parts.position, parts.token_type):
+        why = why or (None if table is None else why_unknown(table, nn.Embedding))
+    why = why or why_unknown(norm, nn.LayerNorm) or why_unknown(parts.dropout, nn.Dropout) or why_no_sum(parts)
     why = why or why_replaced(stock_class(type(module)))
     if why is not None or not patch.fused(word.weight):
         if why is not None:
@@ -49,23 +56,23 @@ def sum_norm_dropout(
     assert input_ids is not None
     patch.note()
     position_ids, token_type_ids = ids()
-    position = module.position_embeddings
-    types: dict[str, Tensor] = {}
-    if token_type_ids is not None:
-        token_type = module.token_type_embeddings
-        types["token_type_ids"] = token_type_ids.expand(input_ids.shape)
-        types["token_type_weight"] = without_gradient_of_row(token_type.weight, token_type.padding_idx)
+    others: dict[str, Tensor] = {}
+    for name, table, of in (
+        ("position", parts.position, position_ids),
+        ("token_type", parts.token_type, token_type_ids),
+    ):
+        if of is not None:
+            others[f"{name}_ids"] = of.expand(input_ids.shape)
+            others[f"{name}_weight"] = without_gradient_of_row(table.weight, table.padding_idx)
     tied = lookup_view(word) if isinstance(word, Patched) else None
     out = ops.embedding(
         input_ids,
         word.weight if tied is None else tied[1],
-        position_ids=position_ids.expand(input_ids.shape),
-        position_weight=without_gradient_of_row(position.weight, position.padding_idx),
-        **types,
+        **others,
         norm_weight=norm.weight,
         norm_bias=norm.bias,
         eps=norm.eps,
-        dropout_p=module.dropout.p if module.dropout.training else 0.0,
+        dropout_p=parts.dropout.p if parts.dropout.training else 0.0,
         padding_idx=word.padding_idx,
         sparse_grad=tied is not None,
         backend=patch.backend,

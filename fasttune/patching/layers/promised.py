@@ -15,30 +15,36 @@ from fasttune.patching.layers.post_norm import PostNorm
 
 class PromisedLayer(Patched):
     captured: type[Captured] = PostNorm
-    names = ("num_attention_heads", "attention_head_size")  # of the number of heads and their size, where it attends
 
     def attends(self) -> Any:
         """The module that attends, None where something else stands in its place."""
         raise NotImplementedError
 
-    def parts(self) -> Parts:
+    def heads(self, attention: Any) -> tuple[int, int]:
+        """How many there are, and how wide."""
+        return attention.num_attention_heads, attention.attention_head_size
+
+    def parts(self, position_embeddings: Any = None) -> Parts:
+        """position_embeddings: cos and sin that the layer was called with."""
         raise NotImplementedError
 
     def window(self) -> int | None:
         """How far a token sees, if the mask says so too."""
         return None
 
-    def promised(self, hidden_states: Any, mask: Any, arguments: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
+    def promised(
+        self, hidden_states: Any, mask: Any, arguments: Mapping[str, Any], position_embeddings: Any = None
+    ) -> tuple[Tensor | None, Any]:
         """(a promise of the output, or None where the layer has to run as it stands; the mask to hand it then).
 
         arguments: what else the layer was called with and nothing here knows of."""
         attention = self.attends()
         if attention is None:
             return None, mask
-        heads, head_dim = (getattr(attention, name) for name in self.names)
+        heads, head_dim = self.heads(attention)
         out = promise(
             self,
-            lambda: self.captured(self, self.parts()),
+            lambda: self.captured(self, self.parts(position_embeddings)),
             hidden_states,
             mask,
             attention=attention,
