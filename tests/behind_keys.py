@@ -45,8 +45,9 @@ def dense(
     dropout_p: float,
     seed: Tensor,
     normalise_last: bool = False,
+    window: int | None = None,
 ) -> Tensor:
-    """One dense product per sequence; keys behind a causal query are masked, the rest is seen.
+    """One dense product per sequence; keys behind a causal query or outside the window are masked, the rest is seen.
 
     normalise_last: the weights' sum divides the output, so that the gradient subtracts Σ out · dout, as kernels that
     keep no weights do: the same mathematics, rounded elsewhere.
@@ -62,10 +63,14 @@ def dense(
             continue
         at = torch.tensor(positions, dtype=torch.int64)
         scores = q @ k.transpose(1, 2) * scale
-        if causal:
-            scores = scores.masked_fill(torch.arange(k.shape[1]) > at[:, None], -torch.inf)
+        ahead = torch.arange(k.shape[1]) - at[:, None]
+        hidden = (ahead > 0) & causal
+        if window is not None:
+            hidden = hidden | (ahead.abs() > window)
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
         weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() if normalise_last else scores.softmax(-1)
-        total = weights.sum(-1, keepdim=True) if normalise_last else 1.0
+        weights = weights.masked_fill(hidden, 0.0)
+        total = weights.sum(-1, keepdim=True) + hidden.all(-1, keepdim=True) if normalise_last else 1.0
         if dropout_p:
             head = torch.arange(n * heads, (n + 1) * heads)[:, None]
             kept = attention_keep_mask(at, head, k.shape[1], seed, dropout_p)

@@ -2,6 +2,7 @@
 // attention_backward.cpp. Shape legend: N sequences, H heads, D head dimension, Q and K queries and keys of a
 // sequence.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -32,6 +33,7 @@ struct AttentionArgs {
   const int64_t* query_offsets;
   const int32_t* positions;
   bool causal;          // query i sees keys j <= i + K - Q, or j <= positions[i]
+  int64_t window;       // and those alone that are at most so far from there; -1 for any
   float scale;          // of the scores
   DropoutSpec dropout;  // on the attention weights
   HeadRows query, key, value, out;
@@ -55,9 +57,28 @@ inline SequenceRange sequence_range(const AttentionArgs& args, int64_t index) {
   return {index, query, first, args.query_offsets[index + 1] - query, length, args.positions + query};
 }
 
-// How many keys causality lets a query see; at most 0 means none.
-inline int64_t causal_reach(const SequenceRange& sequence, int64_t query) {
-  return 1 + (sequence.positions ? sequence.positions[query] : query + sequence.keys - sequence.queries);
+// Where a query stands among the keys, for causality and window.
+inline int64_t place_of(const SequenceRange& sequence, int64_t query) {
+  return sequence.positions ? sequence.positions[query] : query + sequence.keys - sequence.queries;
+}
+
+// How far a query sees beyond its place and before it; far more than any sequence has if nothing bounds it.
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+inline int64_t sight_ahead(const AttentionArgs& args) {
+  return args.causal ? 0 : args.window < 0 ? kUnbounded : args.window;
+}
+inline int64_t sight_behind(const AttentionArgs& args) { return args.window < 0 ? kUnbounded : args.window; }
+
+// The keys that some query of [query, query + count) sees, first <= j < last. Where none is seen the range
+// lies at the end that is next to them: last <= 0, or the last key.
+struct KeyRange {
+  int64_t first, last;
+};
+inline KeyRange keys_seen(const AttentionArgs& args, const SequenceRange& sequence, int64_t query,
+                          int64_t count) {
+  const int64_t lowest = place_of(sequence, query) - sight_behind(args);
+  const int64_t highest = place_of(sequence, query + count - 1) + sight_ahead(args);
+  return {std::min(std::max<int64_t>(0, lowest), sequence.keys - 1), std::min(sequence.keys, highest + 1)};
 }
 
 template <class T>

@@ -12,8 +12,9 @@
 // multiply-adds. Tiling: a task owns one segment of keys of one head, about 640 KB in L2 (K, K^T, V^T, dK, dV
 // in fp32), and walks the query blocks of the sequence past it, 64 queries x 64 keys at a time. dK and dV
 // therefore belong to one task. dQ sums over segments in their order: a task adds its share of a query block
-// after its predecessor did, which by then is ahead of it. So the bits do not depend on the number of
-// threads, nothing is computed twice, and sequences within one segment (512 keys at D = 64) wait for nobody.
+// after its predecessor did, which by then is ahead of it; with a window, the first segment that it sees
+// starts. So the bits do not depend on the number of threads, nothing is computed twice, and sequences within
+// one segment (512 keys at D = 64) wait for nobody.
 #include "cpu/attention.h"
 
 #include <thread>
@@ -65,19 +66,21 @@ struct WeightTile {
     multiply<false>(s.query + row * ld, ld, key_t + column, kBlock, 0, head_dim, &sum);
     float* weights = s.weights + row * kBlock + column;
     float* dscores = s.dscores + row * kBlock + column;
-    const int64_t all_visible = visible.of(row);  // what the first row sees, all rows see
+    // What the first row sees all rows see, but for what lies before the last one's keys.
+    const int64_t all_visible = visible.of(row), from_all = visible.from(row + R - 1);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F lse = set1(s.lse[row + r]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) store(weights + r * kBlock + v * kLanes, exp(sum.at[r][v] - lse));
     }
-    if (column + V * kLanes > all_visible)
+    if (column + V * kLanes > all_visible || column < from_all)
       for (int r = 0; r < R; ++r) {
-        const int64_t seen = visible.of(row + r);
+        const int64_t seen = visible.of(row + r), from = visible.from(row + r);
         for (int v = 0; v < V; ++v) {
           float* weight = weights + r * kBlock + v * kLanes;
-          store(weight, keep(lanes_below(seen, column + v * kLanes), load(weight)));
+          const F seen_weight = keep(lanes_below(seen, column + v * kLanes), load(weight));
+          store(weight, select(lanes_below(from, column + v * kLanes), zero(), seen_weight));
         }
       }
     sum = zero_tile<R, V>();
@@ -102,49 +105,44 @@ struct WeightTile {
   }
 };
 
-struct RowRange {
-  int64_t first, last;
-};
-
-// Rows of a query block that see just one key, the first of this block: their weight is 1 whatever the score,
-// so dS is exactly 0 and not the difference of two roundings of dP.
-inline RowRange constant_rows(const SequenceRange& sequence, bool causal, int64_t position,
-                              const Visible& visible, int64_t rows) {
-  if (position > 0) return {0, 0};
-  if (sequence.keys == 1) return {0, rows};
-  if (!causal) return {0, 0};
-  if (visible.positions) return {0, visible.positions[0] == 0 ? 1 : 0};  // they rise
-  const int64_t row = -visible.diagonal;
-  return row >= 0 && row < rows ? RowRange{row, row + 1} : RowRange{0, 0};
-}
-
 // One block of queries against one block of keys.
 inline void backward_block(const AttentionArgs& args, const BackwardScratch& s, int64_t rows, int64_t key,
-                           const Visible& visible, int64_t dropout_column, RowRange constant) {
+                           const Visible& visible, int64_t dropout_column) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
-  const int64_t keys = visible.keys, diagonal = visible.diagonal;
+  const int64_t keys = visible.keys;
+  const Band band = visible.band();
   const WeightTile weights{s,  args.dropout, s.key_t + key * head_dim, s.value_t + key * head_dim,
                            ld, head_dim,     dropout_column,           visible};
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - row);
-    const int64_t widest = visible.of_rows(row, count);
-    const int64_t vectors = (widest + kLanes - 1) / kLanes;
-    for (int64_t v = 0; v < vectors; v += kTileVectors)
+    const int64_t vectors = (visible.of_rows(row, count) + kLanes - 1) / kLanes;
+    const int64_t from = visible.from_rows(row);
+    for (int64_t v = from / kLanes; v < vectors; v += kTileVectors)
       run_tile(weights, count, std::min<int64_t>(kTileVectors, vectors - v), row, v * kLanes);
-    const int64_t rest = kBlock - vectors * kLanes;  // read as part of whole tiles below
-    for (int64_t r = row; rest > 0 && r < row + count; ++r) {
-      std::memset(s.weights + r * kBlock + vectors * kLanes, 0, sizeof(float) * rest);
-      std::memset(s.dscores + r * kBlock + vectors * kLanes, 0, sizeof(float) * rest);
-    }
+    const auto clear = [&](int64_t column, int64_t columns) FT_LAMBDA {  // read as part of whole tiles below
+      for (int64_t r = row; columns > 0 && r < row + count; ++r) {
+        std::memset(s.weights + r * kBlock + column, 0, sizeof(float) * columns);
+        std::memset(s.dscores + r * kBlock + column, 0, sizeof(float) * columns);
+      }
+    };
+    clear(0, from);
+    clear(vectors * kLanes, kBlock - vectors * kLanes);
   }
-  for (int64_t r = constant.first; r < constant.last; ++r)
-    std::memset(s.dscores + r * kBlock, 0, sizeof(float) * kBlock);
+  // A row that sees just one key gives it the weight 1 whatever the score: dS is exactly 0, and not the
+  // difference of two roundings of dP.
+  const bool windowed = args.window >= 0, may_be_one = windowed || visible.sequence.first == 0;
+  for (int64_t r = 0; may_be_one && r < rows; ++r) {
+    if (visible.sees_one(r))
+      std::memset(s.dscores + r * kBlock, 0, sizeof(float) * kBlock);
+    else if (!windowed && visible.of(r) > 1)
+      break;  // later rows see more
+  }
   if (args.dvalue.data)
-    Accumulate<true>{s.dvalue + key * ld, ld, s.weights, kBlock, s.dout, ld, rows, diagonal}.run(keys, ld);
+    Accumulate<true>{band, s.dvalue + key * ld, ld, s.weights, kBlock, s.dout, ld, rows}.run(keys, ld);
   if (args.dkey.data)
-    Accumulate<true>{s.dkey + key * ld, ld, s.dscores, kBlock, s.query, ld, rows, diagonal}.run(keys, ld);
+    Accumulate<true>{band, s.dkey + key * ld, ld, s.dscores, kBlock, s.query, ld, rows}.run(keys, ld);
   if (args.dquery.data)
-    Accumulate<false>{s.dquery, ld, s.dscores, kBlock, s.key + key * ld, ld, keys, diagonal}.run(rows, ld);
+    Accumulate<false>{band, s.dquery, ld, s.dscores, kBlock, s.key + key * ld, ld, keys}.run(rows, ld);
 }
 
 // Query block, dO, lse and delta into scratch.
@@ -174,13 +172,11 @@ void load_queries(const AttentionArgs& args, const BackwardTask& task, int64_t f
 // Adds this segment's share of a query block of dQ to the earlier ones'; the last one writes the result.
 template <class T>
 void store_dquery(const AttentionArgs& args, const BackwardTask& task, int64_t first, int64_t rows,
-                  const BackwardScratch& s) {
+                  const KeyRange& seen, const BackwardScratch& s) {
   const int64_t ld = round_up(args.head_dim, kLanes);
-  const int64_t next_key = task.first_key + task.keys,
-                reach = args.causal ? causal_reach(task.sequence, first + rows - 1) : task.sequence.keys;
-  const bool last = next_key >= std::min(task.sequence.keys, reach);
+  const bool last = task.first_key + task.keys >= seen.last;
   float* partial = task.partial ? task.partial + first * ld : nullptr;
-  if (task.first_key > 0) {
+  if (task.first_key > std::max<int64_t>(0, seen.first)) {
     while (task.finished[-1].load(std::memory_order_acquire) > first) std::this_thread::yield();
     for (int64_t i = 0; i < rows * ld; i += kLanes)
       store(s.dquery + i, load(partial + i) + load(s.dquery + i));
@@ -212,20 +208,19 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
   for (int64_t first = (sequence.queries + kBlock - 1) / kBlock * kBlock - kBlock; first >= 0;
        first -= kBlock) {
     const int64_t rows = std::min(kBlock, sequence.queries - first);
-    if (task.first_key > 0 && args.causal && causal_reach(sequence, first + rows - 1) <= task.first_key)
-      break;  // sees none of it
+    const KeyRange seen = keys_seen(args, sequence, first, rows);
+    if (task.first_key > 0 && seen.last <= task.first_key) break;  // sees none of it, nor do those before
+    if (seen.first >= task.first_key + keys) continue;             // sees later ones alone
     load_queries<T>(args, task, first, rows, s);
-    for (int64_t key = 0; key < keys; key += kBlock) {
+    const int64_t begin = std::max<int64_t>(0, (seen.first - task.first_key) / kBlock * kBlock);
+    for (int64_t key = begin; key < std::min(keys, seen.last - task.first_key); key += kBlock) {
       const int64_t position = task.first_key + key;
-      if (args.causal && causal_reach(sequence, first + rows - 1) <= position) break;
-      if (args.dropout.active() && position % kDropoutBlock == 0)
+      if (args.dropout.active() && (position % kDropoutBlock == 0 || key == begin))
         draw_kept_bits(args.dropout, sequence, first, rows, position, sequence_head, s.kept);
-      const Visible visible =
-          visible_keys(sequence, args.causal, first, position, std::min(kBlock, keys - key));
-      backward_block(args, s, rows, key, visible, position % kDropoutBlock,
-                     constant_rows(sequence, args.causal, position, visible, rows));
+      const Visible visible = visible_keys(args, sequence, first, position, std::min(kBlock, keys - key));
+      backward_block(args, s, rows, key, visible, position % kDropoutBlock);
     }
-    store_dquery<T>(args, task, first, rows, s);
+    store_dquery<T>(args, task, first, rows, seen, s);
   }
 
   if (args.dkey.data)

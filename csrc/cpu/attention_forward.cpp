@@ -11,7 +11,7 @@
 // Tiling: a task owns up to kChunk queries of one head, so no two tasks write the same place and a row's
 // arithmetic does not depend on the split. It packs kSegment keys at a time as fp32 (K transposed, so that
 // scores come out of broadcast multiply-adds), which stay in L2, and walks blocks of 64 queries x 64 keys,
-// whose operands stay in L1. Keys that causality hides are skipped by block, then by row group.
+// whose operands stay in L1. Keys that causality or a window hides are skipped by block, then by row group.
 #include "cpu/attention.h"
 
 #include "cpu/simd/begin.h"
@@ -62,12 +62,14 @@ struct ScoreTile {
   }
 };
 
-// Turns a row of scores into weights and updates its m and l; of `vectors` vectors only `visible` columns
-// count.
-inline void softmax_row(float* scores, int64_t vectors, int64_t visible, float* reference, float* sum,
-                        float* out, int64_t ld) {
+// Turns a row of scores into weights and updates its m and l; of `vectors` vectors only the columns from
+// `from` on and before `visible` count.
+inline void softmax_row(float* scores, int64_t vectors, int64_t from, int64_t visible, float* reference,
+                        float* sum, float* out, int64_t ld) {
+  const F hidden = set1(-std::numeric_limits<float>::infinity());
+  for (int64_t column = 0; column < std::min(from, vectors * kLanes); column += kLanes)
+    store(scores + column, select(lanes_below(from, column), hidden, load(scores + column)));
   if (visible < vectors * kLanes) {
-    const F hidden = set1(-std::numeric_limits<float>::infinity());
     for (int64_t column = visible / kLanes * kLanes; column < vectors * kLanes; column += kLanes)
       store(scores + column, select(lanes_below(visible, column), load(scores + column), hidden));
   }
@@ -98,23 +100,24 @@ inline void forward_block(const AttentionArgs& args, const ForwardScratch& s, in
                          s.weights};
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - row);
-    const int64_t widest = visible.of_rows(row, count);
-    if (widest == 0) continue;
-    const int64_t vectors = (widest + kLanes - 1) / kLanes;
+    const int64_t from = visible.from_rows(row), widest = visible.of_rows(row, count);
+    if (from >= widest) continue;
+    const int64_t vectors = (widest - from + kLanes - 1) / kLanes;
     for (int64_t v = 0; v < vectors; v += kTileVectors)
-      run_tile(scores, count, std::min<int64_t>(kTileVectors, vectors - v), row, v * kLanes);
+      run_tile(scores, count, std::min<int64_t>(kTileVectors, vectors - v), row, from + v * kLanes);
     for (int64_t r = row; r < row + count; ++r) {
-      float* weights = s.weights + r * kBlock;
+      float* weights = s.weights + r * kBlock + from;
       const int64_t i = chunk_row + r;
-      softmax_row(weights, vectors, visible.of(r), s.reference + i, s.sum + i * kLanes, s.out + i * ld, ld);
+      softmax_row(weights, vectors, visible.from(r) - from, visible.of(r) - from, s.reference + i,
+                  s.sum + i * kLanes, s.out + i * ld, ld);
       if (args.dropout.active())
         for (int64_t v = 0; v < vectors; ++v)
           store(weights + v * kLanes,
-                keep(s.kept->lanes(r, dropout_column + v * kLanes), load(weights + v * kLanes)));
+                keep(s.kept->lanes(r, dropout_column + from + v * kLanes), load(weights + v * kLanes)));
     }
   }
-  Accumulate<false>{s.out + chunk_row * ld,     ld, s.weights,    kBlock,
-                    s.value + segment_key * ld, ld, visible.keys, visible.diagonal}
+  const float* value = s.value + segment_key * ld;
+  Accumulate<false>{visible.band(), s.out + chunk_row * ld, ld, s.weights, kBlock, value, ld, visible.keys}
       .run(rows, ld);
 }
 
@@ -130,10 +133,9 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
   // Low enough for every real score to raise it, finite so that hidden scores have weight exp(-inf) = 0.
   std::fill_n(s.reference, count, std::numeric_limits<float>::lowest());
 
-  const int64_t reach =
-      args.causal ? std::min(sequence.keys, causal_reach(sequence, first + count - 1)) : sequence.keys;
-  for (int64_t start = 0; start < reach; start += segment) {
-    const int64_t end = std::min(reach, start + segment);
+  const KeyRange seen = keys_seen(args, sequence, first, count);
+  for (int64_t start = seen.first / kBlock * kBlock; start < seen.last; start += segment) {
+    const int64_t end = std::min(seen.last, start + segment);
     for (int64_t key = start; key < end; key += kBlock)
       pack_transposed(key_row<const T>(args.key, sequence, head, key), args.key.row,
                       std::min(kBlock, sequence.keys - key), head_dim, s.key_t + (key - start) * head_dim);
@@ -141,12 +143,12 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
               1.0f, s.value, ld);
     for (int64_t row = 0; row < count; row += kBlock) {
       const int64_t rows = std::min(kBlock, count - row);
-      for (int64_t key = start; key < end; key += kBlock) {
-        if (args.causal && causal_reach(sequence, first + row + rows - 1) <= key) break;
-        if (args.dropout.active() && key % kDropoutBlock == 0)
+      const KeyRange block = keys_seen(args, sequence, first + row, rows);
+      const int64_t begin = std::max(start, block.first / kBlock * kBlock);
+      for (int64_t key = begin; key < std::min(end, block.last); key += kBlock) {
+        if (args.dropout.active() && (key % kDropoutBlock == 0 || key == begin))
           draw_kept_bits(args.dropout, sequence, first + row, rows, key, sequence_head, s.kept);
-        const Visible visible =
-            visible_keys(sequence, args.causal, first + row, key, std::min(kBlock, end - key));
+        const Visible visible = visible_keys(args, sequence, first + row, key, std::min(kBlock, end - key));
         forward_block(args, s, row, rows, key - start, visible, key % kDropoutBlock);
       }
     }

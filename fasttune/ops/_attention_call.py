@@ -18,7 +18,7 @@ class Call(NamedTuple):
     length, if known; queries of some positions only with cu_seqlens_q (N + 1,) and positions_q (R,) besides.
 
     Variant: seed (1,) of the dropout, None without; causal: a query sees the keys up to its own position; scale: of the
-    scores; dropout_p: of the weights.
+    scores; dropout_p: of the weights; window: of the keys up to so far from its position, None for any, below 2 ** 30.
     """
 
     cu_seqlens: Tensor | None = None
@@ -29,6 +29,7 @@ class Call(NamedTuple):
     causal: bool = False
     scale: float = 1.0
     dropout_p: float = 0.0
+    window: int | None = None
 
     def sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int, int, int]:
         """Sequences, and of each, or packed of all: queries, keys; heads, head dimension."""

@@ -7,9 +7,10 @@ import operator
 import torch
 from torch import Tensor
 
-from fasttune.ops._checks import check_device, check_shape, check_tensor, describe
+from fasttune.ops._checks import check_device, check_integer, check_shape, check_tensor, describe
 
 _LAST_POSITION = 2**31 - 1  # kernels hold positions in int32
+_NO_WINDOW = 2**30  # nothing is so long, and kernels add a window to a key's number in int32
 
 
 def check_offsets(
@@ -66,6 +67,18 @@ def check_positions(positions_q: Tensor, cu_seqlens_q: Tensor | None) -> None:
             f"attention: positions_q goes from {int(positions_q[at - 1])} to {int(positions_q[at])} at row {at};"
             " expected positions that never fall within a sequence."
         )
+
+
+def check_window(window: int | None) -> int | None:
+    """The window of the call: None where it hides nothing."""
+    if window is None:
+        return None
+    if isinstance(window, bool):
+        raise TypeError(f"attention: window is {window}; expected an integer.")
+    check_integer("attention", "window", window)
+    if window < 0:
+        raise ValueError(f"attention: window is {window}; expected an integer of at least 0, or None for no window.")
+    return None if window >= _NO_WINDOW else window
 
 
 def check_layout(

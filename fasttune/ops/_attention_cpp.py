@@ -20,7 +20,13 @@ def _description(call: Call) -> tuple[Any, ...]:
         None if part is None else part.to(torch.int64).contiguous() for part in (call.cu_seqlens, call.cu_seqlens_q)
     ]
     positions = None if call.positions_q is None else call.positions_q.to(torch.int32).contiguous()
-    return (*wide, positions), (call.causal, call.scale, _cpp.address(call.seed), call.dropout_p)
+    return (*wide, positions), (
+        call.causal,
+        -1 if call.window is None else call.window,
+        call.scale,
+        _cpp.address(call.seed),
+        call.dropout_p,
+    )
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that never writes a score matrix: dense or packed, causal or not, with dropout."""
+"""Scaled dot-product attention that never writes a score matrix: dense or packed, with masks and dropout."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fasttune.ops._attention_checks import (
     check_offsets,
     check_offsets_tensor,
     check_positions,
+    check_window,
 )
 from fasttune.ops._checks import autocasts, check_device, check_floating, check_integer, check_number, check_shape
 from fasttune.ops._cuda import attention as _attention_cuda
@@ -133,6 +134,7 @@ def attention(
     value: Tensor,
     *,
     causal: bool = False,
+    window: int | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -146,6 +148,8 @@ def attention(
     query: (B, S, H, D), key and value: (B, K, H, D), float32, bfloat16 or float16 (float64 on the torch backend), any
         strides; only a last dimension whose stride is not 1 costs a copy. Packed: (T, H, D) each, with cu_seqlens.
     causal: query i sees keys j <= i + K - S: aligned at the last query and the last key.
+    window: a query at position p (i + K - S, as causal has it) sees the keys j with |p - j| <= window alone, both sides
+        or, if causal, those before it. None, or 2 ** 30 and more: no window. What lies outside costs nothing.
     scale: factor of the scores; None means D ** -0.5.
     dropout_p: probability of dropping an attention weight, honoured to 2⁻¹⁶, by fasttune's shared generator at
         (position of the query, sequence · H + head, position of the key).
@@ -153,8 +157,9 @@ def attention(
     max_seqlen: length of the longest packed sequence, if known; saves the torch backend from computing it.
     cu_seqlens_q, positions_q: queries of some positions only, against all keys. query is then (R, H, D); cu_seqlens_q
         (N + 1,) holds the first query of each sequence, positions_q int32 or int64 (R,) each query's position in its
-        sequence, never falling, counted from 0. Such a row is what it would be among all: causal and dropout go by
-        position. A query behind the last key (at padding, or of a sequence longer than its keys) sees all of them.
+        sequence, never falling, counted from 0. Such a row is what it would be among all: causal, window and
+        dropout go by position. A query behind the last key (at padding, or of a sequence longer than its keys) sees
+        all of them, or those in its window.
     backend: "cpp", "triton", "cuda", "torch" or None to choose. The kernels take head dimensions 16 to 128; None picks
         torch for others.
 
@@ -189,10 +194,11 @@ def attention(
     if key.device != query.device or value.device != query.device:
         check_device("attention", "key", key, query.device, "query")
         check_device("attention", "value", value, query.device, "query")
+    window = check_window(window)
     scale, seed, chosen = _check_options(key, scale, dropout_p, cu_seqlens, max_seqlen, backend)
     if positions_q is not None and chosen != "cpp" and query.device.type == "cpu" and not torch.compiler.is_compiling():
         check_positions(positions_q, cu_seqlens_q)
-    call = Call(cu_seqlens, cu_seqlens_q, positions_q, max_seqlen, seed, causal, scale, dropout_p)
+    call = Call(cu_seqlens, cu_seqlens_q, positions_q, max_seqlen, seed, causal, scale, dropout_p, window)
     if chosen == "torch":
         return attention_reference(query, key, value, call)
     return _attention(query, key, value, *call, chosen)
@@ -202,6 +208,7 @@ def attention_packed_qkv(
     qkv: Tensor,
     *,
     causal: bool = False,
+    window: int | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -219,8 +226,9 @@ def attention_packed_qkv(
         expected = (*qkv.shape[:-3], 3, *qkv.shape[-2:])
         check_shape("attention", "qkv", qkv, expected, "query, key and value in the third dimension from the end")
     query = qkv.select(-3, 0)
+    window = check_window(window)
     scale, seed, chosen = _check_options(query, scale, dropout_p, cu_seqlens, max_seqlen, backend)
-    call = Call(cu_seqlens, None, None, max_seqlen, seed, causal, scale, dropout_p)
+    call = Call(cu_seqlens, None, None, max_seqlen, seed, causal, scale, dropout_p, window)
     if chosen == "torch":
         return attention_reference(*_parts(qkv, None, None), call)
     return _attention(qkv, None, None, *call, chosen)

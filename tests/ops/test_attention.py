@@ -262,6 +262,7 @@ def test_any_shape_stride_and_option(data):
     dtype = draw(st.sampled_from(DTYPES), "dtype")
     options = {
         "causal": draw(st.booleans(), "causal"),
+        "window": draw(st.sampled_from([None, None, 0, 3, 64, 100]), "window"),
         "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.1, 0.5]), "dropout_p"),
         "scale": draw(st.sampled_from([None, 0.2, -0.1]), "scale"),
     }
@@ -321,7 +322,7 @@ def test_bits_do_not_depend_on_threads(batch, queries, keys, heads, head_dim, dt
 def test_packed_qkv_is_attention_of_its_parts(packed):
     torch.manual_seed(0)
     x = torch.randn(130, 3, 2, 48) if packed else torch.randn(2, 65, 3, 2, 48)
-    options = {"causal": True, "dropout_p": 0.2}
+    options = {"causal": True, "window": 20, "dropout_p": 0.2}
     if packed:
         options["cu_seqlens"] = torch.tensor([0, 100, 130])
     upstream = torch.randn(*x.shape[:-3], 2, 48)
@@ -407,7 +408,7 @@ def test_opcheck(isa):
     seed = torch.tensor([3])
     for requires_grad in (False, True):
         inputs = [x.clone().requires_grad_(requires_grad) for x in (query, key, value)]
-        args = (*inputs, *Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1), FUSED)
+        args = (*inputs, *Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1, window=3), FUSED)
         torch.library.opcheck(torch.ops.fasttune.attention.default, args)
         rows = [x[0].detach().clone().requires_grad_(requires_grad) for x in qkv(1, 9, 9, 2, 20)]
         offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -416,7 +417,7 @@ def test_opcheck(isa):
         x = torch.randn(2, 9, 3, 2, 20, requires_grad=requires_grad)
         args = (x, None, None, *Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1), FUSED)
         torch.library.opcheck(torch.ops.fasttune.attention.default, args)
-    call = Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1)
+    call = Call(seed=seed, causal=True, scale=0.2, dropout_p=0.1, window=3)
     saved = (query, key, value, *_attention._run(query, key, value, *call, FUSED))
     dout = torch.randn(2, 9, 2, 20)
     for needed in ([True] * 3, [False, True, False]):
@@ -431,7 +432,7 @@ def test_opcheck(isa):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_as_one_graph(backend):
-    options = {"dropout_p": 0.2, "causal": True, "backend": backend}
+    options = {"dropout_p": 0.2, "causal": True, "window": 4, "backend": backend}
     cu_seqlens = torch.tensor([0, 10, 33])
 
     def function(query, key, value):
@@ -518,6 +519,9 @@ def test_bad_input_is_named():
     )
     raises(ValueError, "value is .* on meta; expected it on cpu like query", query, key, value.to("meta"))
     raises(ValueError, "dropout_p is 1.5", query, key, value, dropout_p=1.5)
+    raises(ValueError, "window is -1; expected an integer of at least 0, or None", query, key, value, window=-1)
+    raises(TypeError, "window is 1.5; expected an integer", query, key, value, window=1.5)
+    raises(TypeError, "window is True; expected an integer", query, key, value, window=True)
     raises(ValueError, "max_seqlen is 5 without cu_seqlens", query, key, value, max_seqlen=5)
     raises(ValueError, r"key is .*expected shape \(5, 2, 16\)", rows, key[0], key[0], cu_seqlens=torch.tensor([0, 5]))
     for backend in ops.available_backends("attention"):
@@ -536,3 +540,5 @@ def test_bad_input_is_named():
         packed(ValueError, "max_seqlen is 3, but .* length 5", torch.tensor([0, 5]), max_seqlen=3)
     with pytest.raises(ValueError, match=r"qkv is .*expected shape \(2, 5, 3, 2, 16\)"):
         ops.attention_packed_qkv(torch.randn(2, 5, 2, 2, 16))
+    with pytest.raises(ValueError, match="window is -2; expected"):
+        ops.attention_packed_qkv(torch.randn(2, 5, 3, 2, 16), window=-2)

@@ -18,7 +18,7 @@ HeadRows head_rows(const Rows& rows) {
 using Offsets = std::array<Address, 3>;  // of the keys; of the queries and their positions, or 0 and 0
 
 AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, const Offsets& offsets, bool causal,
-                        double scale, Address seed, double dropout_p) {
+                        int64_t window, double scale, Address seed, double dropout_p) {
   AttentionArgs args{};
   args.dtype = static_cast<DType>(dtype);
   args.sequences = sizes[0];
@@ -30,6 +30,7 @@ AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, const Of
   args.query_offsets = pointer<const int64_t>(offsets[1]);
   args.positions = pointer<const int32_t>(offsets[2]);
   args.causal = causal;
+  args.window = window;
   args.scale = static_cast<float>(scale);
   args.dropout = make_dropout(read_seed(seed), dropout_p);
   return args;
@@ -42,9 +43,9 @@ void bind_attention(pybind11::module_& module) {
   module.def(
       "attention_forward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
-         const Rows& value, const Rows& out, Address lse, const Offsets& offsets, bool causal, double scale,
-         Address seed, double dropout_p) {
-        AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
+         const Rows& value, const Rows& out, Address lse, const Offsets& offsets, bool causal, int64_t window,
+         double scale, Address seed, double dropout_p) {
+        AttentionArgs args = make_args(dtype, sizes, offsets, causal, window, scale, seed, dropout_p);
         args.query = head_rows(query);
         args.key = head_rows(key);
         args.value = head_rows(value);
@@ -57,9 +58,9 @@ void bind_attention(pybind11::module_& module) {
       "attention_backward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
-         const Rows& dkey, const Rows& dvalue, const Offsets& offsets, bool causal, double scale,
-         Address seed, double dropout_p) {
-        AttentionArgs args = make_args(dtype, sizes, offsets, causal, scale, seed, dropout_p);
+         const Rows& dkey, const Rows& dvalue, const Offsets& offsets, bool causal, int64_t window,
+         double scale, Address seed, double dropout_p) {
+        AttentionArgs args = make_args(dtype, sizes, offsets, causal, window, scale, seed, dropout_p);
         args.query = head_rows(query);
         args.key = head_rows(key);
         args.value = head_rows(value);

@@ -23,7 +23,8 @@ def _description(call: Call) -> tuple[list[Tensor | None], tuple[Any, ...]]:
         cu_seqlens_q, positions_q = cu_seqlens_q.to(cu_seqlens.dtype), positions_q.to(torch.int32)
     wide = cu_seqlens is not None and cu_seqlens.dtype == torch.int64
     offsets = [_cuda.contiguous(part) for part in (cu_seqlens, cu_seqlens_q, positions_q)]
-    return offsets, (wide, call.causal, call.scale, address(call.seed), call.dropout_p)
+    window = -1 if call.window is None else call.window
+    return offsets, (wide, call.causal, window, call.scale, address(call.seed), call.dropout_p)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:

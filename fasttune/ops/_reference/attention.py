@@ -20,10 +20,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     if call.cu_seqlens is not None:
         return _packed(query, key, value, call)
     queries, keys = query.shape[1], key.shape[1]
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    positions = torch.arange(keys - queries, keys, device=query.device)  # aligned at the last query and the last key
+    every = torch.ones(1, keys, dtype=torch.bool, device=query.device)
+    return _dense(query, key, value, _seen(every, positions, call), call)
+
+
+def _seen(keys: Tensor, positions: Tensor, call: Call) -> Tensor:
+    """Which keys are seen, (..., Q, K): of those that there are, (..., 1, K), by queries at positions (..., Q)."""
+    ahead = torch.arange(keys.shape[-1], device=keys.device) - positions.unsqueeze(-1)
     if call.causal:
-        visible = visible.tril(keys - queries)  # query i sees keys j <= i + K - Q
-    return _dense(query, key, value, visible, call)
+        keys = keys & (ahead <= 0)
+    if call.window is not None:
+        keys = keys & (ahead.abs() <= call.window)
+    return keys
 
 
 def _dense(
@@ -64,9 +73,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         max_seqlen = rows if _unknown(cu_seqlens) else int(lengths.max())
     inside, source = _padding(cu_seqlens, lengths, max_seqlen)
     q, k, v = (x.index_select(0, source).unflatten(0, (sequences, max_seqlen)) for x in (query, key, value))
-    visible = inside.view(sequences, 1, 1, max_seqlen)
-    if call.causal:
-        visible = visible & torch.ones(max_seqlen, max_seqlen, dtype=torch.bool, device=query.device).tril()
+    visible = _seen(inside.view(sequences, 1, 1, max_seqlen), torch.arange(max_seqlen, device=query.device), call)
     out = _dense(q, k, v, visible, call)
     row = torch.arange(rows, device=query.device)
     sequence = torch.bucketize(row, cu_seqlens[1:].long(), right=True)
@@ -90,9 +97,7 @@ def _of_chosen_queries(query: Tensor, key: Tensor, value: Tensor, call: Call) ->
     q = query.index_select(0, source_q).unflatten(0, (sequences, most))
     k, v = (x.index_select(0, source).unflatten(0, (sequences, longest)) for x in (key, value))
     positions = torch.where(chosen, positions_q.index_select(0, source_q).view(sequences, most), 0).long()
-    visible = inside.unsqueeze(1)
-    if call.causal:
-        visible = visible & (torch.arange(longest, device=query.device) <= positions.unsqueeze(-1))
+    visible = _seen(inside.unsqueeze(1), positions, call)
     out = _dense(q, k, v, visible.unsqueeze(1), call, positions.unsqueeze(1))
     row = torch.arange(rows, device=query.device)
     sequence = torch.bucketize(row, cu_seqlens_q[1:].long(), right=True)
