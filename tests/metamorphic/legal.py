@@ -12,7 +12,7 @@ from between import (
 )
 from calls import embedded
 from modes import CHECKPOINT, LAYERS, REENTRANT, REENTRANT_LAYERS
-from paddings import PADDINGS, SQUARE, booleans, left_with_positions, windows
+from paddings import PADDINGS, SQUARE, a_row_of_padding, booleans, left_with_positions, windows
 from readers import hooked
 
 CHECKPOINTS = (CHECKPOINT, REENTRANT, LAYERS, REENTRANT_LAYERS)
@@ -35,6 +35,9 @@ RULES = {
     ),
     "GPT-2's classifier looks for padding in the tokens, and its choices are flattened as tokens": lambda case: (
         case.call is embedded and case.head in ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel")
+    ),
+    "ESM scales its embeddings by the mask, and divides by a row's length": lambda case: (
+        case.head.startswith("Esm") and (case.padding in SQUARE or case.padding is a_row_of_padding)
     ),
     "ALBERT's layers have no checkpoints": lambda case: (
         case.head.startswith("Albert") and case.mode in (LAYERS, REENTRANT_LAYERS)

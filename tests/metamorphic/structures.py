@@ -5,8 +5,9 @@ from torch import nn
 
 def layers_of(model):
     base = model.base_model
-    if hasattr(base, "h"):
-        return base.h
+    for name in ("h", "layers"):
+        if hasattr(base, name):
+            return getattr(base, name)
     if hasattr(base, "transformer"):
         return base.transformer.layer
     return base.encoder.layer if hasattr(base.encoder, "layer") else base.encoder.albert_layer_groups
@@ -22,15 +23,17 @@ def _dense_of(layer):
     layer = _alone(layer)
     if hasattr(layer, "ffn"):
         return getattr(layer.ffn, "lin1", layer.ffn)
-    return layer.mlp.c_fc if hasattr(layer, "mlp") else layer.intermediate.dense
+    if hasattr(layer, "mlp"):
+        return layer.mlp.c_fc if hasattr(layer.mlp, "c_fc") else layer.mlp.Wi
+    return layer.intermediate.dense
 
 
 def _norm_of(layer):
     layer = _alone(layer)
-    for name in ("ln_2", "output_layer_norm", "full_layer_layer_norm"):
+    for name in ("ln_2", "output_layer_norm", "full_layer_layer_norm", "mlp_norm"):
         if hasattr(layer, name):
             return layer, name
-    return layer.output, "LayerNorm"
+    return (layer if hasattr(layer, "LayerNorm") else layer.output), "LayerNorm"
 
 
 def _activate_by(layer, activation):
@@ -94,6 +97,8 @@ class Wrapped(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
+        if hasattr(layer, "attention_type"):  # by which ModernBERT chooses the mask
+            self.attention_type = layer.attention_type
 
     def forward(self, hidden, *args, **kwargs):
         return self.layer(hidden, *args, **kwargs) + 0.25 * hidden.roll(1, 1)

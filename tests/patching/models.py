@@ -11,7 +11,9 @@ from transformers import (
     CamembertConfig,
     DistilBertConfig,
     ElectraConfig,
+    EsmConfig,
     GPT2Config,
+    ModernBertConfig,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -46,6 +48,36 @@ _CONFIGS = {
         hidden_dropout_prob=p,
         attention_probs_dropout_prob=p,
         classifier_dropout_prob=p,
+    ),
+    "ModernBert": lambda p: ModernBertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=48,
+        bos_token_id=2,
+        eos_token_id=3,
+        cls_token_id=2,
+        sep_token_id=3,
+        local_attention=8,  # 4 to each side, in the second layer and the third
+        pad_token_id=PAD,
+        num_labels=3,
+        embedding_dropout=p,
+        attention_dropout=p,
+        mlp_dropout=p,
+        norm_bias=True,
+        classifier_dropout=p,
+    ),
+    "Esm": lambda p: EsmConfig(
+        **_BERT_LIKE,
+        position_embedding_type="rotary",
+        emb_layer_norm_before=False,
+        token_dropout=True,
+        mask_token_id=5,
+        hidden_dropout_prob=p,
+        attention_probs_dropout_prob=p,
+        classifier_dropout=p,
     ),
     "DistilBert": lambda p: DistilBertConfig(
         vocab_size=VOCABULARY,
@@ -137,6 +169,18 @@ ENCODERS = [
     "DistilBertForTokenClassification",
     "DistilBertForQuestionAnswering",
 ]
+ENCODERS += [
+    f"ModernBert{head}"
+    for head in (
+        "Model",
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForMultipleChoice",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+    )
+]
+ENCODERS += ["EsmModel", "EsmForMaskedLM", "EsmForSequenceClassification", "EsmForTokenClassification"]
 HEADS = [*GPT2_HEADS, *BERT_HEADS, *RELATIVES, *ENCODERS]
 
 

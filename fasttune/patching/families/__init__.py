@@ -18,6 +18,8 @@ FAMILIES = {
     "transformers.models.electra.modeling_electra": "electra",
     "transformers.models.distilbert.modeling_distilbert": "distilbert",
     "transformers.models.albert.modeling_albert": "albert",
+    "transformers.models.modernbert.modeling_modernbert": "modernbert",
+    "transformers.models.esm.modeling_esm": "esm",
 }
 
 

@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from fasttune import ops
-from fasttune.patching.families._leaves import common_leaves
+from fasttune.patching.families._leaves import common_leaves, lookup
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers import promised
 from fasttune.patching.layers.attention import across, fills, fresh_cache, self_attention
 from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.entry import ordinary
-from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
-from fasttune.patching.layers.mlp import dense_gelu, transform, why_no_gelu
+from fasttune.patching.layers.leaves import why_no_layer_norm
+from fasttune.patching.layers.mlp import dense_activation, transform, why_no_activation
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.projections import Separate
 from fasttune.patching.premises.known import stock_class, why_replaced, why_unknown
@@ -161,11 +161,11 @@ class DenseDropoutAddNorm(Patched):
         )
 
 
-class DenseGelu(Patched):
-    """GELU(dense(x)), the bias added in the activation's pass."""
+class DenseActivation(Patched):
+    """act(dense(x)), the bias added in the activation's pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        out = dense_gelu(self, hidden_states, self.dense, self.intermediate_act_fn)
+        out = dense_activation(self, hidden_states, self.dense, self.intermediate_act_fn)
         return super().forward(hidden_states) if out is None else out
 
 
@@ -270,15 +270,7 @@ def bert_like(
                 covers=("position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
                 unsuited=lambda module: why_no_sum(sum_of(module)),
             ),
-            Replacement(
-                nn.Embedding,
-                Embedding,
-                "embeddings",
-                "embedding",
-                "lookup with a deterministic gradient",
-                only=("word_embeddings",),
-                unsuited=why_no_embedding,
-            ),
+            lookup("word_embeddings"),
             replace(
                 f"{prefix}SelfAttention",
                 "attention",
@@ -307,10 +299,10 @@ def bert_like(
             replace(
                 f"{prefix}Intermediate",
                 "mlp",
-                "bias_gelu",
-                "bias + GELU",
+                "bias_activation",
+                "bias + activation",
                 covers=("intermediate_act_fn",),
-                unsuited=why_no_gelu("intermediate_act_fn"),
+                unsuited=why_no_activation("intermediate_act_fn"),
             ),
             replace(
                 transform,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.albert import modeling_albert as stock
 
 from fasttune.patching.families import _bert_like as shared
-from fasttune.patching.families._leaves import common_leaves
+from fasttune.patching.families._leaves import common_leaves, lookup
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import self_attention
 from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import why_no_sum
-from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
+from fasttune.patching.layers.leaves import why_no_layer_norm
 from fasttune.patching.layers.mlp import transform
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.projections import Separate
@@ -101,15 +101,7 @@ FAMILY = Family(
             covers=("position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
             unsuited=lambda module: why_no_sum(shared.sum_of(module)),
         ),
-        Replacement(
-            nn.Embedding,
-            Embedding,
-            "embeddings",
-            "embedding",
-            "lookup with a deterministic gradient",
-            only=("word_embeddings",),
-            unsuited=why_no_embedding,
-        ),
+        lookup("word_embeddings"),
         Replacement(
             stock.AlbertAttention,
             AlbertAttention,

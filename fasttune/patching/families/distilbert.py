@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.distilbert import modeling_distilbert as stock
 
-from fasttune.patching.families._leaves import common_leaves
+from fasttune.patching.families._leaves import common_leaves, lookup
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import self_attention
 from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
-from fasttune.patching.layers.leaves import Embedding, why_no_embedding
-from fasttune.patching.layers.mlp import dense_gelu, why_no_gelu
+from fasttune.patching.layers.mlp import dense_activation, why_no_activation
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.projections import Separate
 from fasttune.patching.layers.promised import PromisedEncoderLayer
@@ -70,7 +69,7 @@ class FFN(Patched, stock.FFN):
     def forward(self, input: Tensor) -> Tensor:
         middle = None
         if not self.chunk_size_feed_forward and "ff_chunk" not in self.__dict__:
-            middle = dense_gelu(self, input, self.lin1, self.activation)
+            middle = dense_activation(self, input, self.lin1, self.activation)
         return super().forward(input) if middle is None else self.dropout(self.lin2(middle))
 
 
@@ -99,15 +98,7 @@ FAMILY = Family(
             covers=("position_embeddings", "LayerNorm", "dropout"),
             unsuited=lambda module: why_no_sum(_sum(module)),
         ),
-        Replacement(
-            nn.Embedding,
-            Embedding,
-            "embeddings",
-            "embedding",
-            "lookup with a deterministic gradient",
-            only=("word_embeddings",),
-            unsuited=why_no_embedding,
-        ),
+        lookup("word_embeddings"),
         Replacement(
             stock.DistilBertSelfAttention,
             DistilBertSelfAttention,
@@ -120,10 +111,10 @@ FAMILY = Family(
             stock.FFN,
             FFN,
             "mlp",
-            "bias_gelu",
-            "bias + GELU",
+            "bias_activation",
+            "bias + activation",
             covers=("activation",),
-            unsuited=why_no_gelu("activation"),
+            unsuited=why_no_activation("activation"),
         ),
         Replacement(
             stock.TransformerBlock,

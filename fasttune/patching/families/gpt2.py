@@ -7,13 +7,13 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from fasttune import ops
-from fasttune.patching.families._leaves import common_leaves
+from fasttune.patching.families._leaves import common_leaves, lookup
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import (
     across,
@@ -29,7 +29,6 @@ from fasttune.patching.layers.frozen import Linear, Unknown, activation, linear
 from fasttune.patching.layers.layer_rows import LayerRows
 from fasttune.patching.layers.leaves import (
     Embedding,
-    why_no_embedding,
     why_no_layer_norm,
 )
 from fasttune.patching.layers.patched import Patched
@@ -179,7 +178,7 @@ class GPT2MLP(Patched, stock.GPT2MLP):
             return super().forward(hidden_states)
         patch.note()
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        activated = ops.bias_gelu(up.product(flat), up.bias, approximate=kind, backend=patch.backend)  # type: ignore[union-attr, arg-type]
+        activated = ops.bias_activation(up.product(flat), up.bias, activation=kind, backend=patch.backend)  # type: ignore[union-attr, arg-type]
         return self.dropout(self.c_proj(activated.view(*hidden_states.shape[:-1], c_fc.nf)))
 
 
@@ -277,16 +276,8 @@ FAMILY = Family(
             "attention without a T×T tensor",
             covers=("attn_dropout",),
         ),
-        Replacement(stock.GPT2MLP, GPT2MLP, "mlp", "bias_gelu", "bias + GELU", covers=("act",)),
-        Replacement(
-            nn.Embedding,
-            Embedding,
-            "embeddings",
-            "embedding",
-            "lookup with a deterministic gradient",
-            only=("wte", "wpe"),
-            unsuited=why_no_embedding,
-        ),
+        Replacement(stock.GPT2MLP, GPT2MLP, "mlp", "bias_activation", "bias + activation", covers=("act",)),
+        lookup("wte", "wpe"),
         *common_leaves("lm_head", "score"),
     ),
     layers=lambda model: model.base_model.h,

@@ -114,7 +114,7 @@ class Captured:
         elif self.gated:
             middle = ops.gated_activation(up(rows, row_ids), activation=self.kind, backend=self.backend)
         else:
-            middle = ops.bias_gelu(up.product(rows), up.bias, approximate=self.kind, backend=self.backend)
+            middle = ops.bias_activation(up.product(rows), up.bias, activation=self.kind, backend=self.backend)
         middle = ops.dropout(middle, dropout_p=self.dropouts[2], row_ids=row_ids, backend=self.backend)
         return self.down(middle, row_ids)
 

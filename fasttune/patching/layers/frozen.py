@@ -156,9 +156,8 @@ def probability(module: Any) -> float:
 
 
 def activation(function: Any) -> tuple[Callable[[Tensor], Tensor], str]:
-    """(the function, "none" or "tanh" if it is that GELU and "" otherwise); raises Unknown unless it is elementwise."""
-    if function is F.gelu or function is torch._C._nn.gelu:
-        return F.gelu, "none"
+    """(the function, its name for `ops.bias_activation`, "" if that has none); raises Unknown unless it is
+    elementwise."""
     if isinstance(function, nn.Module):
         cls = type(function)
         if cls.__module__ not in ("transformers.activations", "torch.nn.modules.activation"):
@@ -168,20 +167,33 @@ def activation(function: Any) -> tuple[Callable[[Tensor], Tensor], str]:
         known(function, cls)
         if any(True for _ in function.parameters()):
             raise Unknown(f"its activation {cls.__name__} has weights")
-        kind = str(function.approximate) if isinstance(function, nn.GELU) else _GELUS.get(cls, "")
-        return function.forward, kind
-    if function in _FUNCTIONS:
-        return function, ""
+        if isinstance(function, nn.GELU):
+            return function.forward, "gelu" if function.approximate == "none" else "gelu_tanh"
+        return function.forward, _MODULES.get(cls, "")
+    for known_one, name in _FUNCTIONS.items():
+        if function is known_one:
+            return function, name
     raise Unknown(f"its activation is {function!r}")
 
 
-_GELUS: dict[type, str] = {
-    activations.GELUActivation: "none",
-    activations.NewGELUActivation: "tanh",
-    activations.GELUTanh: "tanh",
-    activations.FastGELUActivation: "tanh",
+_MODULES: dict[type, str] = {
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    activations.ReLUSquaredActivation: "relu2",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
 }
-_FUNCTIONS = (F.relu, F.silu, F.tanh, torch.tanh, torch.relu, F.mish, F.sigmoid, torch.sigmoid, F.elu, F.leaky_relu)
+_ELEMENTWISE = (F.tanh, torch.tanh, F.mish, F.sigmoid, torch.sigmoid, F.elu, F.leaky_relu)
+_FUNCTIONS: dict[Any, str] = {
+    F.gelu: "gelu",
+    torch._C._nn.gelu: "gelu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.silu: "silu",
+} | dict.fromkeys(_ELEMENTWISE, "")
 
 
 def _device_of(weights: list[Tensor]) -> torch.device:

@@ -12,7 +12,7 @@ from fasttune import ops
 from fasttune.patching.layers.entry import source_of
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.marks import unusual
-from fasttune.patching.premises.known import is_sharded
+from fasttune.patching.premises.known import is_sharded, why_watched
 from fasttune.patching.promises.loss import LinearRows
 from fasttune.patching.promises.reads import dropped
 from fasttune.patching.promises.tensor import PromisedRows, materialized
@@ -65,12 +65,22 @@ class Linear(Patched, nn.Linear):
             if why:
                 self._fasttune.aside(why)
             return nn.Linear.forward(self, input)
+        return self._promised(input, self.bias)
+
+    def plus(self, input: Tensor, bias: Tensor) -> Tensor:
+        """self(input) + bias, of a head that keeps its bias beside the projection."""
+        if self.bias is not None or why_watched(self) is not None or self._why_at_once(input) is not None:
+            out: Tensor = self(input) + bias
+            return out
+        return self._promised(input, bias)
+
+    def _promised(self, input: Tensor, bias: Tensor | None) -> Tensor:
         fresh = isinstance(input, PromisedRows) and input.untouched()
         source = input.state.source if fresh else source_of(input)  # type: ignore[attr-defined]
         weight = source.head_weight(self.weight)
         select = bool(self._fasttune.settings.options.trim)
         patch = self._fasttune
-        logits = LinearRows(source, weight, self.bias, patch.backend, select=select, note=patch.note)
+        logits = LinearRows(source, weight, bias, patch.backend, select=select, note=patch.note)
         if isinstance(input, PromisedRows) and source is input.state.source:
             return input.with_source(logits)
         return PromisedRows.of(logits, input.shape[:-1])

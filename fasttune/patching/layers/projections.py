@@ -28,6 +28,10 @@ class Rotary:
         if self.cos.requires_grad or self.sin.requires_grad:
             raise Unknown("position embeddings that require a gradient")
 
+    def of_batch(self, x: Tensor, rotated: int | None, backend: str | None) -> Tensor:
+        """x (B, S, ..., D) of every token."""
+        return ops.rotary(x, self.cos.flatten(0, 1), self.sin.flatten(0, 1), rotated=rotated, backend=backend)
+
     def __call__(self, x: Tensor, row_ids: Tensor, rotated: int | None, backend: str | None) -> Tensor:
         of_one_row = self.cos.shape[0] == 1
         ids = row_ids % self.cos.shape[1] if of_one_row else row_ids
