@@ -65,6 +65,7 @@ def test_the_operations_that_have_it():
     assert having == {
         *("attention", "layer_norm", "dropout_add_layer_norm"),
         *("layer_norm_gelu", "gelu_layer_norm", "bias_gelu", "dropout", "cross_entropy", "linear_log_prob"),
+        *("bias_activation", "gated_activation"),
     }
 
 
