@@ -25,10 +25,11 @@ def column_sums_kernel(partial, out, rows, columns, ROWS: tl.constexpr, COLUMNS:
     tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < columns)
 
 
-def column_sums(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 (rows, columns) to (columns,) of `dtype`."""
+def column_sums(partial: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 (rows, columns) to (columns,) of `dtype`, into `out` where it is given."""
     rows, columns = partial.shape
-    out = torch.empty(columns, dtype=dtype, device=partial.device)
+    if out is None:
+        out = torch.empty(columns, dtype=dtype, device=partial.device)
     column_sums_kernel[(triton.cdiv(columns, COLUMNS),)](
         partial, out, rows, columns, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=launch.warps(4)
     )

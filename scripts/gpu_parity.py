@@ -28,6 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from oracle import DTYPES, assert_same_math  # noqa: E402
 
 from fasttune import ops  # noqa: E402
+from fasttune.ops._activations import ACTIVATIONS  # noqa: E402
 
 Case = tuple[str, Callable[[], None]]
 
@@ -110,6 +111,16 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
                 lambda x, b, approximate=approximate: F.gelu(x + b, approximate=approximate),
                 [random(rows, columns, scale=3.0), random(columns)],
             )
+    elif operation in ("bias_activation", "gated_activation"):
+        for activation in ACTIVATIONS:
+
+            def activated(backend: str, x: torch.Tensor, b: torch.Tensor, activation: str = activation) -> torch.Tensor:
+                if operation == "bias_activation":
+                    return ops.bias_activation(x, b, activation=activation, backend=backend)
+                return ops.gated_activation(x, bias=b, activation=activation, backend=backend)
+
+            inputs = [random(rows, columns, scale=3.0), random(columns)]
+            yield case(activation, partial(activated, backend), partial(activated, "torch"), inputs)
     elif operation == "dropout":
 
         def drop(backend: str, *x: torch.Tensor) -> torch.Tensor:

@@ -80,11 +80,12 @@ def work(kernel: str, case: Case) -> Work | None:
             return Work(ROWS * columns, tensors * size + 8 / columns, 10 + extra)
         if kernel == "layer_norm_backward_kernel":
             return Work(ROWS * columns, max(3, tensors) * size + 8 / columns, 20 + extra)
+    gated = case.operation == "gated_activation"
     chunk_step = 3 if case.operation == "linear_cross_entropy" else 1
     known = {
         "dropout_kernel": Work(hidden, 3 * size, 16),
-        "bias_gelu_forward_kernel": Work(4 * hidden, 2 * size, 15, 0.0, 1),
-        "bias_gelu_backward_kernel": Work(4 * hidden, 3 * size, 20, 0.0, 1),
+        "activation_forward_kernel": Work(4 * hidden, (2 + gated) * size, 15, 0.0, 1),
+        "activation_backward_kernel": Work(4 * hidden, (3 + 2 * gated) * size, 20 + 2 * gated, 0.0, 1),
         "cross_entropy_forward_kernel": Work(logits, (2 if chunk_step == 3 else 1) * size, 8 * chunk_step, 0.0, 2),
         "cross_entropy_backward_kernel": Work(logits, 2 * size, 8, 0.0, 1),
         "log_prob_forward_kernel": Work(logits, size, 14, 0.0, 1),

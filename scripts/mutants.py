@@ -5,11 +5,11 @@
 The data lie in tests/mutants/*.toml, one file for each part of the project; a new part is a new file, not new code:
 
     [tests]                       # files whose mutants are made here, by Cosmic Ray's operators, and who must see them
-    "kernels/gelu.py" = ["tests/ops/test_gelu.py"]
+    "kernels/dropout.py" = ["tests/ops/test_dropout.py"]
     [[mutant]]                    # one made by hand, for any language; all of these run before any sample
     file, old, new, tests         # old occurs once; tests: files or node ids, {isa} being the instruction set
     equivalent = "reason"         # if no test could see it: counted, not run
-    units = ["gelu"]              # of a C++ header: what to compile anew, if not everything that includes it
+    units = ["activation"]        # of a C++ header: what to compile anew, if not everything that includes it
     [[equivalent]]                # generated mutants that change nothing: a line before, the same after, and why
     file, old, new, reason
     [[passed_over]]               # lines whose mutants change speed or words alone: a pattern of lines, and why

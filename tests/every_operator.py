@@ -87,6 +87,9 @@ CALLS = {
     "layer_norm_gelu": Call(ops.layer_norm_gelu, (_ROWS, _PARAMETER, _PARAMETER)),
     "gelu_layer_norm": Call(ops.gelu_layer_norm, (_ROWS, _PARAMETER, _PARAMETER)),
     "bias_gelu": Call(ops.bias_gelu, (_ROWS, _PARAMETER)),
+    "bias_activation": Call(lambda *x, **o: ops.bias_activation(*x, activation="silu", **o), (_ROWS, _PARAMETER)),
+    "gated_activation": Call(lambda a, bias, **o: ops.gated_activation(a, bias=bias, **o), (_ROWS, _PARAMETER)),
+    "gated_activation, two tensors": Call(ops.gated_activation, (_ROWS, _ROWS)),
     "dropout": Call(_seeded(ops.dropout), (_ROWS,), linear=True),
     "cross_entropy": Call(lambda x, **o: ops.cross_entropy(x, LABELS.to(x.device), **o), (_ROWS,)),
     "cross_entropy, none": Call(

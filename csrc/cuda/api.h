@@ -21,7 +21,16 @@ typedef struct {
   float scale;            /* of kept elements: 65536 / (65536 - threshold), 0 for threshold 65536 */
 } fasttune_dropout_options;
 
-enum { FASTTUNE_GELU_NONE = 0, FASTTUNE_GELU_ERF = 1, FASTTUNE_GELU_TANH = 2 };
+/* Activations; the numbers Python passes (fasttune/ops/_activations.py). Layer norms take the first three. */
+enum {
+  FASTTUNE_GELU_NONE = 0,
+  FASTTUNE_GELU_ERF = 1,
+  FASTTUNE_GELU_TANH = 2,
+  FASTTUNE_SILU = 3,       /* x sigmoid(x) */
+  FASTTUNE_RELU = 4,       /* max(x, 0) */
+  FASTTUNE_QUICK_GELU = 5, /* x sigmoid(1.702 x) */
+  FASTTUNE_RELU2 = 6       /* max(x, 0) squared */
+};
 
 typedef struct {
   int dtype;
@@ -35,28 +44,34 @@ const char* fasttune_cuda_dropout(const fasttune_dropout_args*, void* stream);
 
 typedef struct {
   int dtype, bias_dtype; /* bias_dtype: dtype or float32 */
-  const void* x;         /* (rows, columns) */
-  const void* bias;      /* (columns,) or null */
-  void* out;             /* (rows, columns) */
+  int activation;
+  const void* x;    /* (rows, columns) */
+  const void* gate; /* (rows, columns) or null: ones */
+  const void* bias; /* (columns,), with a gate (2 columns,): x's, then the gate's; or null */
+  void* out;        /* (rows, columns), contiguous */
   int64_t rows, columns;
-  int gelu;
-} fasttune_bias_gelu_args;
-const char* fasttune_cuda_bias_gelu(const fasttune_bias_gelu_args*, void* stream);
+  int64_t x_stride, gate_stride; /* elements between rows */
+} fasttune_activation_args;
+/* act(x + bias), or act(x + bias) (gate + gate_bias) */
+const char* fasttune_cuda_activation(const fasttune_activation_args*, void* stream);
 
 typedef struct {
   int dtype, bias_dtype;
-  const void* dout;     /* (rows, columns) */
+  int activation;
+  const void* dout;     /* (rows, columns), contiguous */
   const void* x;        /* (rows, columns) */
-  const void* bias;     /* (columns,) or null */
+  const void* gate;     /* (rows, columns) or null */
+  const void* bias;     /* (columns,) or (2 columns,), or null */
   void* dx;             /* (rows, columns) or null: not wanted */
-  void* dbias;          /* (columns,) in bias_dtype, or null: not wanted */
-  float* dbias_partial; /* (partials, columns) scratch, where dbias is wanted */
-  int64_t partials;     /* fasttune_cuda_bias_gelu_partials(...) */
+  void* dgate;          /* (rows, columns) or null: not wanted */
+  void* dbias;          /* like bias, or null: not wanted */
+  float* dbias_partial; /* (partials, columns or 2 columns) scratch, where dbias is wanted */
+  int64_t partials;     /* fasttune_cuda_activation_partials(...) */
   int64_t rows, columns;
-  int gelu;
-} fasttune_bias_gelu_backward_args;
-int64_t fasttune_cuda_bias_gelu_partials(int64_t rows, int64_t columns, int64_t multiprocessors);
-const char* fasttune_cuda_bias_gelu_backward(const fasttune_bias_gelu_backward_args*, void* stream);
+  int64_t x_stride, gate_stride, gradient_stride; /* the last of dx and of dgate */
+} fasttune_activation_backward_args;
+int64_t fasttune_cuda_activation_partials(int64_t rows, int64_t columns, int64_t multiprocessors);
+const char* fasttune_cuda_activation_backward(const fasttune_activation_backward_args*, void* stream);
 
 /* The widest row that the layer normalisations take. */
 #define FASTTUNE_CUDA_MAX_NORM_COLUMNS 8192

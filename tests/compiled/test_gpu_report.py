@@ -21,8 +21,8 @@ def test_a_line_for_each_kernel(one_case, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu_report.py", "--target", "sm90", "--processes", "1", "--out", str(page)])
     assert gpu_report.main() == 0
     text = page.read_text()
-    rows = [line for line in text.splitlines() if line.startswith(("| bias_gelu", "| column_sums"))]
-    assert [row.split("|")[1].strip() for row in rows] == ["bias_gelu_forward", "bias_gelu_backward", "column_sums"]
+    rows = [line for line in text.splitlines() if line.startswith(("| activation", "| column_sums"))]
+    assert [row.split("|")[1].strip() for row in rows] == ["activation_forward", "activation_backward", "column_sums"]
     assert all(row.count("|") == 14 for row in rows)
     # Forward: 4096 x 3072 elements, 4 bytes each, at 3.35 TB/s.
     assert f"{4096 * 3072 * 4 / 3.35e12 * 1e6:.1f} µs, memory" in rows[0]
@@ -30,10 +30,10 @@ def test_a_line_for_each_kernel(one_case, tmp_path, monkeypatch):
 
 
 def test_a_broken_budget_fails_and_is_named(one_case, monkeypatch, capsys):
-    spilled = aot.Compiled("bias_gelu_forward_kernel", "sm90", 4, 255, 12, 0, 2, "", True)
+    spilled = aot.Compiled("activation_forward_kernel", "sm90", 4, 255, 12, 0, 2, "", True)
     monkeypatch.setattr(aot, "compile_launches", lambda call, target: [spilled])
     assert gpu_report.main() == 1
-    assert "bias_gelu_forward_kernel, target sm90, dtype bfloat16: spills is 12" in capsys.readouterr().err
+    assert "activation_forward_kernel, target sm90, dtype bfloat16: spills is 12" in capsys.readouterr().err
 
 
 def test_a_tensor_core_bounds_long_attention():
@@ -47,7 +47,9 @@ def test_every_case_has_work_or_is_a_second_stage():
     names = {
         "attention": "attention_forward_kernel",
         "dropout": "dropout_kernel",
-        "bias_gelu": "bias_gelu_forward_kernel",
+        "bias_gelu": "activation_forward_kernel",
+        "bias_activation": "activation_forward_kernel",
+        "gated_activation": "activation_backward_kernel",
         "layer_norm": "layer_norm_forward_kernel",
         "dropout_add_layer_norm": "layer_norm_forward_kernel",
         "layer_norm_gelu": "layer_norm_backward_kernel",

@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from fasttune.kernels import (
+    activation,
     attention,
     cross_entropy,
     dropout,
     embedding,
-    gelu,
     layer_norm,
     linear_cross_entropy,
     linear_log_prob,
@@ -62,8 +62,11 @@ def norms(batch, tokens):
 
 def elementwise(batch, tokens):
     x, bias = empty(batch, tokens, 3072, dtype=DTYPE), empty(3072, dtype=DTYPE)
-    gelu.bias_gelu(x, bias, True)
-    gelu.bias_gelu_backward(x, x, bias, True, True, True)
+    activation.forward(x, None, bias, x, (3072, 0), 2)
+    activation.backward(x, x, None, bias, x, None, bias, (3072, 0, 3072), 2)
+    a, gate = empty(batch, tokens, 6144, dtype=DTYPE).chunk(2, -1)
+    activation.forward(a, gate, None, x, (6144, 6144), 1)
+    activation.backward(x, a, gate, None, a, gate, None, (6144, 6144, 6144), 1)
     dropout.dropout(x, x, None, new_seed(), 0.1)
 
 

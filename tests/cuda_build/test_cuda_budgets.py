@@ -28,7 +28,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
     assert names == {
         *("attention_forward_kernel", "attention_delta_kernel", "attention_dq_kernel", "attention_dkdv_kernel"),
         *("layer_norm_kernel", "layer_norm_backward_kernel", "column_sums_kernel"),
-        *("bias_gelu_kernel", "bias_gelu_backward_kernel", "dropout_kernel"),
+        *("activation_kernel", "activation_backward_kernel", "dropout_kernel"),
         *("cross_entropy_kernel", "cross_entropy_backward_kernel", "loss_sum_kernel"),
         *("log_prob_kernel", "log_prob_backward_kernel"),
     }
@@ -72,5 +72,5 @@ def test_the_instructions_are_those_that_the_sources_claim(disassembled):
                 assert count["LDSM"] > 0, f"no ldmatrix: {kernel}"
         elif kernel.kernel not in ("attention_delta_kernel", "column_sums_kernel", "loss_sum_kernel"):
             assert count["LDG.E.128"] > 0, f"no 16-byte load: {kernel}"
-        if kernel.kernel in ("dropout_kernel", "layer_norm_kernel", "bias_gelu_kernel"):
+        if kernel.kernel in ("dropout_kernel", "layer_norm_kernel", "activation_kernel"):
             assert count["STG.E.128"] > 0, f"no 16-byte store: {kernel}"

@@ -117,24 +117,29 @@ void dropout(int dtype, int64_t columns) {
   print(name, {&out});
 }
 
-void bias_gelu(int dtype, int64_t columns) {
-  const std::string name = label("bias_gelu", dtype, columns);
+// Gated: x and the gate are the halves of one tensor, their gradients of another.
+void activation(const char* kind, int number, int dtype, int64_t columns, bool gated) {
+  const std::string name = label(kind, dtype, columns);
   if (!wanted(name)) return;
-  const int64_t rows = 37;
-  Buffer x(dtype, rows * columns), bias(dtype, columns), out(dtype, rows * columns),
-      dout(dtype, rows * columns), dx(dtype, rows * columns), dbias(dtype, columns);
+  const int64_t rows = 37, wide = gated ? 2 * columns : columns;
+  Buffer x(dtype, rows * wide), bias(dtype, wide), out(dtype, rows * columns), dout(dtype, rows * columns),
+      dx(dtype, rows * wide), dbias(dtype, wide);
   x.random(3.0f);
   bias.random();
   dout.random();
-  const fasttune_bias_gelu_args args{dtype,      dtype, x.data(), bias.data(),
-                                     out.data(), rows,  columns,  FASTTUNE_GELU_ERF};
-  check(fasttune_cuda_bias_gelu(&args, nullptr));
-  const int64_t partials = fasttune_cuda_bias_gelu_partials(rows, columns, 3);
-  Buffer partial(FASTTUNE_F32, partials * columns);
-  const fasttune_bias_gelu_backward_args backward{dtype,       dtype,     dout.data(),  x.data(),
-                                                  bias.data(), dx.data(), dbias.data(), partial.floats(),
-                                                  partials,    rows,      columns,      FASTTUNE_GELU_TANH};
-  check(fasttune_cuda_bias_gelu_backward(&backward, nullptr));
+  const auto half = [&](Buffer& whole) -> void* {
+    return gated ? static_cast<char*>(whole.data()) + columns * (dtype == FASTTUNE_F32 ? 4 : 2) : nullptr;
+  };
+  const fasttune_activation_args args{dtype,      dtype, number,  x.data(), half(x), bias.data(),
+                                      out.data(), rows,  columns, wide,     wide};
+  check(fasttune_cuda_activation(&args, nullptr));
+  const int64_t partials = fasttune_cuda_activation_partials(rows, columns, 3);
+  Buffer partial(FASTTUNE_F32, partials * wide);
+  const fasttune_activation_backward_args backward{
+      dtype,     dtype,    number,       dout.data(),      x.data(), half(x), bias.data(),
+      dx.data(), half(dx), dbias.data(), partial.floats(), partials, rows,    columns,
+      wide,      wide,     wide};
+  check(fasttune_cuda_activation_backward(&backward, nullptr));
   print(name, {&out, &dx, &dbias});
 }
 
@@ -349,8 +354,11 @@ int main(int count, char** arguments) {
   for (int dtype : {FASTTUNE_F32, FASTTUNE_BF16, FASTTUNE_F16}) {
     dropout(dtype, 261);
     dropout(dtype, 512);
-    bias_gelu(dtype, 261);
-    bias_gelu(dtype, 264);
+    for (int64_t columns : {261, 264}) {
+      activation("bias_gelu", FASTTUNE_GELU_ERF, dtype, columns, false);
+      activation("gated_gelu", FASTTUNE_GELU_TANH, dtype, columns, true);
+      activation("gated_silu", FASTTUNE_SILU, dtype, columns, true);
+    }
     // One warp a row and four rows a block, two and two, three and one, sixteen warps with several chunks.
     for (int64_t columns : {200, 301, 520}) {
       layer_norm("layer_norm", fasttune_cuda_layer_norm, fasttune_cuda_layer_norm_backward, dtype, 11,

@@ -52,6 +52,7 @@ CASES = {
     "attention of many heads": lambda: ops.attention(*[zeros(1, 1, MANY, 16)] * 3),
     "packed attention": lambda: ops.attention(*[zeros(MANY, 1, 16)] * 3, cu_seqlens=offsets(MANY)),
     "bias_gelu": lambda: ops.bias_gelu(zeros(ROWS, 2), None),
+    "gated_activation": lambda: ops.gated_activation(zeros(ROWS, 2)),
     "layer_norm": lambda: ops.layer_norm(zeros(ROWS, 2), None, None),
     "dropout_add_layer_norm": lambda: ops.dropout_add_layer_norm(zeros(ROWS, 2), zeros(ROWS, 2), None, None),
     "dropout": lambda: ops.dropout(zeros(ROWS, 2)),

@@ -100,6 +100,13 @@ def check_bias_gelu(approximate):
     )
 
 
+def check_gated_activation():
+    check_rows(
+        lambda backend: lambda a, b, bias: ops.gated_activation(a, b, bias=torch.cat((bias, bias)), backend=backend),
+        *(2, 1, ["a", "b", "bias"]),
+    )
+
+
 def check_layer_norm():
     check_rows(lambda b: lambda *tensors: ops.layer_norm(*tensors, backend=b), 1, 2, ["x", "weight", "bias"])
 
@@ -139,6 +146,7 @@ def check_dropout():
 ROW_WISE = {
     "bias_gelu": partial(check_bias_gelu, "none"),
     "bias_gelu tanh": partial(check_bias_gelu, "tanh"),
+    "gated_activation": check_gated_activation,
     "layer_norm": check_layer_norm,
     "layer_norm_gelu": partial(check_norm_and_gelu, ops.layer_norm_gelu),
     "gelu_layer_norm": partial(check_norm_and_gelu, ops.gelu_layer_norm),

@@ -66,6 +66,7 @@ def test_the_operations_that_have_it():
         *("attention", "layer_norm", "dropout_add_layer_norm"),
         *("layer_norm_gelu", "gelu_layer_norm", "bias_gelu", "dropout", "cross_entropy", "linear_log_prob"),
         "rotary",
+        *("bias_activation", "gated_activation"),
     }
 
 

@@ -29,6 +29,8 @@ def operators():
     maximum = (torch.randn(2, CLASSES).bfloat16(), x, classes, class_bias, torch.tensor([0, 2, ROWS]))
     return {
         "bias_gelu_backward": ((dout, x, bias, False), 2),
+        "bias_activation_backward": ((dout, x, bias, 3), 2),
+        "gated_activation_backward": ((dout, x, residual, torch.randn(2 * COLUMNS), 3), 3),
         "layer_norm_backward": (norm, 4),
         "layer_norm_gelu_backward": ((dout, x, weight, bias, statistics, False), 3),
         "gelu_layer_norm_backward": ((dout, x, weight, bias, statistics, False), 3),
@@ -43,7 +45,7 @@ def operators():
 NAMES = (
     *("bias_gelu_backward", "layer_norm_backward", "layer_norm_gelu_backward", "gelu_layer_norm_backward"),
     *("linear_cross_entropy", "linear_cross_entropy_backward", "linear_log_prob_backward", "linear_max_backward"),
-    "attention_backward",
+    *("attention_backward", "bias_activation_backward", "gated_activation_backward"),
 )
 
 

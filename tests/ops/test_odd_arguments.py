@@ -21,6 +21,8 @@ REFUSED = {
     "eps": lambda: ops.layer_norm(X, None, None, eps=None),
     "weight": lambda: ops.layer_norm(X, [1.0] * 8, None),
     "approximate": lambda: ops.bias_gelu(X, None, approximate=["tanh"]),
+    "activation": lambda: ops.bias_activation(X, None, activation=["relu"]),
+    "b": lambda: ops.gated_activation(X, [1.0]),
     "backend": lambda: ops.bias_gelu(X, None, backend=["cpp"]),
     "query": lambda: ops.attention([1], PACKED, PACKED),
     "scale": lambda: ops.attention(*[PACKED[None]] * 3, scale="a"),

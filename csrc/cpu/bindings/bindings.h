@@ -18,11 +18,11 @@ T* pointer(Address address) {
 
 inline int64_t read_seed(Address seed) { return seed ? *pointer<const int64_t>(seed) : 0; }
 
+void bind_activation(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_cross_entropy(pybind11::module_& module);
 void bind_dropout(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
-void bind_gelu(pybind11::module_& module);
 void bind_indices(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 void bind_log_prob(pybind11::module_& module);

@@ -48,11 +48,11 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("set_thread_pool", [](Address parallel_for, Address get_num_threads) {
     set_thread_pool(pointer<void>(parallel_for), pointer<void>(get_num_threads));
   });
+  bind_activation(module);
   bind_attention(module);
   bind_cross_entropy(module);
   bind_dropout(module);
   bind_embedding(module);
-  bind_gelu(module);
   bind_indices(module);
   bind_layer_norm(module);
   bind_log_prob(module);

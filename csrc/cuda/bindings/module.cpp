@@ -163,33 +163,47 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
       },
       without_gil);
   module.def(
-      "bias_gelu",
-      [](int dtype, int bias_dtype, Address x, Address bias, Address out, int64_t rows, int64_t columns,
-         int gelu, Address stream) {
-        const fasttune_bias_gelu_args args{
-            dtype,   bias_dtype, pointer<const void>(x), pointer<const void>(bias), pointer<void>(out), rows,
-            columns, gelu};
-        check(fasttune_cuda_bias_gelu(&args, pointer<void>(stream)));
+      "activation",
+      [](int dtype, int bias_dtype, int kind, Address x, Address gate, Address bias, Address out,
+         int64_t rows, int64_t columns, int64_t x_stride, int64_t gate_stride, Address stream) {
+        const fasttune_activation_args args{dtype,
+                                            bias_dtype,
+                                            kind,
+                                            pointer<const void>(x),
+                                            pointer<const void>(gate),
+                                            pointer<const void>(bias),
+                                            pointer<void>(out),
+                                            rows,
+                                            columns,
+                                            x_stride,
+                                            gate_stride};
+        check(fasttune_cuda_activation(&args, pointer<void>(stream)));
       },
       without_gil);
-  module.def("bias_gelu_partials", &fasttune_cuda_bias_gelu_partials);
+  module.def("activation_partials", &fasttune_cuda_activation_partials);
   module.def(
-      "bias_gelu_backward",
-      [](int dtype, int bias_dtype, Address dout, Address x, Address bias, Address dx, Address dbias,
-         Address dbias_partial, int64_t partials, int64_t rows, int64_t columns, int gelu, Address stream) {
-        const fasttune_bias_gelu_backward_args args{dtype,
-                                                    bias_dtype,
-                                                    pointer<const void>(dout),
-                                                    pointer<const void>(x),
-                                                    pointer<const void>(bias),
-                                                    pointer<void>(dx),
-                                                    pointer<void>(dbias),
-                                                    pointer<float>(dbias_partial),
-                                                    partials,
-                                                    rows,
-                                                    columns,
-                                                    gelu};
-        check(fasttune_cuda_bias_gelu_backward(&args, pointer<void>(stream)));
+      "activation_backward",
+      [](int dtype, int bias_dtype, int kind, Address dout, Address x, Address gate, Address bias, Address dx,
+         Address dgate, Address dbias, Address dbias_partial, int64_t partials, int64_t rows, int64_t columns,
+         int64_t x_stride, int64_t gate_stride, int64_t gradient_stride, Address stream) {
+        const fasttune_activation_backward_args args{dtype,
+                                                     bias_dtype,
+                                                     kind,
+                                                     pointer<const void>(dout),
+                                                     pointer<const void>(x),
+                                                     pointer<const void>(gate),
+                                                     pointer<const void>(bias),
+                                                     pointer<void>(dx),
+                                                     pointer<void>(dgate),
+                                                     pointer<void>(dbias),
+                                                     pointer<float>(dbias_partial),
+                                                     partials,
+                                                     rows,
+                                                     columns,
+                                                     x_stride,
+                                                     gate_stride,
+                                                     gradient_stride};
+        check(fasttune_cuda_activation_backward(&args, pointer<void>(stream)));
       },
       without_gil);
   module.def("layer_norm_partials", &fasttune_cuda_layer_norm_partials);

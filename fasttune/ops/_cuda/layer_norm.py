@@ -7,7 +7,13 @@ from torch import Tensor
 
 from fasttune.ops import _cuda
 from fasttune.ops._cpp import DTYPE_CODES, address, dtype_code
-from fasttune.ops._cuda.gelu import NONE, kind
+
+NONE, ERF, TANH = 0, 1, 2  # csrc/cuda/api.h
+
+
+def kind(tanh: bool) -> int:
+    return TANH if tanh else ERF
+
 
 # Shape legend: as in fasttune/ops/layer_norm.py.
 
