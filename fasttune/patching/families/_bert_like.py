@@ -27,7 +27,12 @@ from fasttune.patching.layers.attention import (
 )
 from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
 from fasttune.patching.layers.frozen import Norm, Unknown, activation, known, linear, probability
-from fasttune.patching.layers.leaves import Embedding, why_no_embedding, why_no_layer_norm
+from fasttune.patching.layers.leaves import (
+    Embedding,
+    why_no_embedding,
+    why_no_layer_norm,
+    why_no_norm_of_embeddings,
+)
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.tied import lookup_view
 from fasttune.patching.padding.layout import Layout
@@ -284,7 +289,7 @@ def transform(module: Any, hidden: Tensor, dense: Any, act: Any, norm: Any) -> T
         else:
             function = lambda rows, ids: ops.gelu_layer_norm(inner(rows, ids), weight, bias, **options)  # noqa: E731
             promised: PromisedRows = hidden.mapped(  # type: ignore[attr-defined]
-                function, (*inner.weights, weight, bias), weight.shape[0]
+                function, (*inner.weights, weight, bias), norm.normalized_shape[0]
             )
             return promised
     return ops.gelu_layer_norm(dense(hidden), weight, bias, **options)
@@ -357,7 +362,8 @@ class SumNormDropout(Patched):
         why = "inputs_embeds" if input_ids is None else None
         for table in (word, position, token_type):
             why = why or why_unknown(table, nn.Embedding) or why_no_embedding(table)
-        why = why or why_unknown(norm, nn.LayerNorm) or why_no_layer_norm(norm) or why_unknown(self.dropout, nn.Dropout)
+        why = why or why_unknown(norm, nn.LayerNorm) or why_no_norm_of_embeddings(norm)
+        why = why or why_unknown(self.dropout, nn.Dropout)
         why = why or why_replaced(stock_class(type(self)))
         if why is not None or not patch.fused(word.weight):
             if why is not None:
@@ -447,7 +453,7 @@ def bert_like(
                 "lookups + sum + LayerNorm + dropout",
                 covers=("position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"),
                 unsuited=lambda module: (
-                    why_no_layer_norm(module.LayerNorm)
+                    why_no_norm_of_embeddings(module.LayerNorm)
                     or why_no_embedding(module.word_embeddings)
                     or why_no_embedding(module.position_embeddings)
                     or why_no_embedding(module.token_type_embeddings)
