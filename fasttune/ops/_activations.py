@@ -79,8 +79,8 @@ def halves(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
     """(activated, gate): the halves of a's last dimension, or a and b."""
     if b is not None:
         return a, b
-    columns = a.shape[-1] // 2
-    return a[..., :columns], a[..., columns:]
+    activated, gate = a.chunk(2, -1)
+    return activated, gate
 
 
 def empty_bias_gradient(x: Tensor, bias: Tensor | None, need_dbias: bool) -> Tensor:

@@ -99,7 +99,8 @@ def norms():
 
 
 def elementwise():
-    return ops.dropout(ops.bias_gelu(leaf(2, 64, 3072), leaf(3072), approximate="tanh"), dropout_p=0.1)
+    gated = ops.gated_activation(leaf(2, 64, 6144), bias=leaf(6144))
+    return ops.dropout(gated + ops.bias_gelu(leaf(2, 64, 3072), leaf(3072), approximate="tanh"), dropout_p=0.1)
 
 
 def embeddings():

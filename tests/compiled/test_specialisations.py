@@ -64,10 +64,14 @@ def elementwise(batch, tokens):
     x, bias = empty(batch, tokens, 3072, dtype=DTYPE), empty(3072, dtype=DTYPE)
     activation.forward(x, None, bias, x, (3072, 0), 2)
     activation.backward(x, x, None, bias, x, None, bias, (3072, 0, 3072), 2)
-    a, gate = empty(batch, tokens, 6144, dtype=DTYPE).chunk(2, -1)
-    activation.forward(a, gate, None, x, (6144, 6144), 1)
-    activation.backward(x, a, gate, None, a, gate, None, (6144, 6144, 6144), 1)
     dropout.dropout(x, x, None, new_seed(), 0.1)
+
+
+def gates(batch, tokens):
+    out = empty(batch, tokens, 3072, dtype=DTYPE)
+    a, gate = empty(batch, tokens, 6144, dtype=DTYPE).chunk(2, -1)
+    activation.forward(a, gate, None, out, (6144, 6144), 1)
+    activation.backward(out, a, gate, None, a, gate, None, (6144, 6144, 6144), 1)
 
 
 def losses(batch, tokens):
@@ -126,6 +130,7 @@ STEPS = [
     attention_of_views,
     norms,
     elementwise,
+    gates,
     losses,
     linear_loss,
     log_probs,

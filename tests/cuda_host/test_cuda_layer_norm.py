@@ -35,6 +35,22 @@ def test_layer_norm_matches_stock(rows, columns, dtype):
     assert_same_math(fused, norm, inputs(rows, columns, dtype), NAMES)
 
 
+@pytest.mark.parametrize("there", ["weight", "bias", ""])
+@pytest.mark.parametrize("operation", [ops.layer_norm, ops.layer_norm_gelu, ops.gelu_layer_norm])
+def test_parameters_that_are_not_there(operation, there):
+    x, weight, bias = inputs(11, 264, torch.float32)
+    tensors = [x, *([weight] if there == "weight" else []), *([bias] if there == "bias" else [])]
+
+    def on(backend):
+        def function(x, parameter=None):
+            both = (parameter, None) if there == "weight" else (None, parameter)
+            return operation(x, *both, backend=backend)
+
+        return function
+
+    assert_same_math(on("cuda"), on("torch"), tensors, ("x", there)[: len(tensors)])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_before_and_after(approximate, dtype):

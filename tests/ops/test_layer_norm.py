@@ -66,6 +66,26 @@ def test_fused_matches_the_reference(isa, dtype, prenorm):
         assert_same_math(_fused(FUSED, **options), _fused("torch", **options), _inputs(rows, columns, dtype), NAMES)
 
 
+@pytest.mark.parametrize("there", [("weight",), ("bias",), ()], ids=["weight alone", "bias alone", "neither"])
+def test_parameters_that_are_not_there(isa, there):
+    """ModernBERT's norms have no bias."""
+    x, residual, *parameters = _inputs(9, 100, torch.float32)
+    given = [parameter for name, parameter in zip(("weight", "bias"), parameters, strict=True) if name in there]
+
+    def parted(function):
+        def call(*tensors):
+            rest = dict(zip(there, tensors[-len(there) :], strict=True)) if there else {}
+            return function(*tensors[: len(tensors) - len(there)], **rest)
+
+        return call
+
+    for ours, stock, inputs in (
+        (_norm(FUSED), _norm("torch"), [x]),
+        *((_fused(FUSED, prenorm=p), _fused("torch", prenorm=p), [x, residual]) for p in (False, True)),
+    ):
+        assert_same_math(parted(ours), parted(stock), [*inputs, *given], [*NAMES[: len(inputs)], *there])
+
+
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("residual_is_wide", [False, True])
 def test_fp32_parameters_beside_16_bit_tensors(isa, x_dtype, residual_is_wide):

@@ -66,7 +66,6 @@ _CONFIGS = {
         embedding_dropout=p,
         attention_dropout=p,
         mlp_dropout=p,
-        norm_bias=True,
         classifier_dropout=p,
     ),
     "Esm": lambda p: EsmConfig(

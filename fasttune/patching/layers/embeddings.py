@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import ops
-from fasttune.patching.layers.leaves import why_no_embedding, why_no_layer_norm
+from fasttune.patching.layers.leaves import why_no_embedding, why_no_norm_of_embeddings
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.tied import lookup_view
 from fasttune.patching.premises.known import stock_class, why_replaced, why_unknown
@@ -28,7 +28,7 @@ class Sum(NamedTuple):
 
 def why_no_sum(parts: Sum) -> str | None:
     """Why `ops.embedding` cannot stand in for these modules: the tables, the LayerNorm."""
-    why = why_no_layer_norm(parts.norm)
+    why = why_no_norm_of_embeddings(parts.norm)
     for table in (parts.word, parts.position, parts.token_type):
         why = why or (None if table is None else why_no_embedding(table))
     return why

@@ -136,10 +136,11 @@ class Norm:
 
     def __init__(self, module: Any) -> None:
         known(module, nn.LayerNorm)
-        if module.weight is None or module.bias is None or len(module.normalized_shape) != 1:
-            raise Unknown("a LayerNorm without weight and bias over one dimension")
-        self.weight, self.bias, self.eps = plain_weight(module.weight), plain_weight(module.bias), float(module.eps)
-        self.weights = [self.weight, self.bias]
+        if len(module.normalized_shape) != 1:
+            raise Unknown("a LayerNorm over more than one dimension")
+        self.eps = float(module.eps)
+        self.weight, self.bias = (None if w is None else plain_weight(w) for w in (module.weight, module.bias))
+        self.weights = [weight for weight in (self.weight, self.bias) if weight is not None]
         # With norms=False the patch has left the class alone, and torch's own LayerNorm runs.
         self.fused = type(module) is not nn.LayerNorm
 

@@ -114,9 +114,15 @@ def why_no_layer_norm(module: Any) -> str | None:
     """Why `ops.layer_norm` cannot stand in for this LayerNorm."""
     if not isinstance(module, nn.LayerNorm):
         return f"its LayerNorm is a {type(module).__module__}.{type(module).__name__}"
-    if module.weight is None or module.bias is None or len(module.normalized_shape) != 1:
-        return "it has no weight and bias over one dimension"
-    return None
+    return None if len(module.normalized_shape) == 1 else "it normalises more than one dimension"
+
+
+def why_no_norm_of_embeddings(module: Any) -> str | None:
+    """Why `ops.embedding` cannot end in this LayerNorm."""
+    why = why_no_layer_norm(module)
+    if why is None and module.weight is None and module.bias is None:
+        return "its LayerNorm has neither weight nor bias"
+    return why
 
 
 def why_no_embedding(module: Any) -> str | None:

@@ -70,7 +70,7 @@ def transform(module: Any, hidden: Tensor, dense: Any, act: Any, norm: Any) -> T
         else:
             function = lambda rows, ids: ops.gelu_layer_norm(inner(rows, ids), weight, bias, **options)  # noqa: E731
             promised: PromisedRows = hidden.mapped(  # type: ignore[attr-defined]
-                function, (*inner.weights, weight, bias), weight.shape[0]
+                function, (*inner.weights, weight, bias), norm.normalized_shape[0]
             )
             return promised
     return ops.gelu_layer_norm(dense(hidden), weight, bias, **options)
