@@ -50,7 +50,10 @@ RULES = {
 # Limits of a patched model.
 RULES |= {
     "a hook that is put on a promised tensor between its readers would see a part of the gradient, and is refused": (
-        lambda case: hooked in case.readers and (len(case.readers) > 1 or case.mode is REENTRANT_LAYERS)
+        lambda case: (
+            hooked in case.readers
+            and (len(case.readers) > 1 or case.mode is REENTRANT_LAYERS or case.head == "ModernBertForMultipleChoice")
+        )
     ),
 }
 

@@ -73,6 +73,7 @@ _CONFIGS = {
         position_embedding_type="rotary",
         emb_layer_norm_before=False,
         token_dropout=True,
+        layer_norm_eps=1e-5,  # as in ESM-2; at 1e-12 stock's gradients at padding are NaN in float16
         mask_token_id=5,
         hidden_dropout_prob=p,
         attention_probs_dropout_prob=p,
