@@ -128,6 +128,21 @@ def elementwise_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Wo
         )
 
 
+def rotary_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Work]:
+    """Of the query alone: every side returns one tensor, and a packed projection would have to be put together."""
+    for batch, tokens, heads, head_dim in ((8, 1024, 12, 64), (4, 2048, 32, 128)) if big else ((1, 16, 2, 16),):
+        x = torch.randn(batch, tokens, heads, head_dim, device=device).to(dtype)
+        cos, sin = (torch.randn(tokens, head_dim, device=device).to(dtype) for _ in range(2))
+
+        def composed(x: Tensor, cos: Tensor = cos[:, None], sin: Tensor = sin[:, None]) -> Tensor:
+            low, high = x.chunk(2, -1)
+            return x * cos + torch.cat((-high, low), -1) * sin
+
+        ours = _ours("rotary", device, dtype, cos=cos, sin=sin)
+        sides: dict[str, Function] = {**ours, "eager": composed, "torch.compile": torch.compile(composed)}
+        yield "rotary", f"B{batch} T{tokens} H{heads} D{head_dim}", sides, [x]
+
+
 def loss_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Work]:
     for rows, classes in ((4096, 50257), (4096, 30522)) if big else ((8, 100),):
         logits = torch.randn(rows, classes, device=device).to(dtype)
@@ -256,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     device, big = arguments.device, arguments.device != "cpu"
 
     def works() -> Iterator[Work]:
-        for make in (attention_works, elementwise_works, loss_works):
+        for make in (attention_works, elementwise_works, rotary_works, loss_works):
             yield from make(device, torch.bfloat16, big)
 
     machine = describe(device)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import NewGELUActivation
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from workload import COMPILED, OURS, Workload, dtype_name, forward_backward, size, useful_bytes
 
 from fasttune import ops
@@ -284,6 +285,45 @@ def embedding(tokens: int, columns: int, vocabulary: int, *, dtype: torch.dtype,
     )
 
 
+def rotary(
+    batch: int, tokens: int, heads: int, head_dim: int, width: int, *, dtype: torch.dtype, compiled: bool = False
+) -> Workload:
+    """Query and key of a packed projection: stock turns views of them, and hands the value on; its gradient is put
+    together again, which a projection's backward has to have."""
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim).to(dtype)
+    angles = torch.arange(tokens)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
+    cos, sin = (torch.cat((table, table), -1).to(dtype) for table in (angles.cos(), angles.sin()))
+    upstream = torch.randn_like(qkv)
+
+    def stock(turn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], Callable[[], None]]:
+        def build() -> Callable[[], None]:
+            leaf = qkv.detach().requires_grad_()
+            upstreams = [part.transpose(1, 2).contiguous() for part in upstream.unbind(2)]
+
+            def step() -> None:
+                query, key, value = (part.transpose(1, 2) for part in leaf.unbind(2))
+                torch.autograd.grad((*turn(query, key, cos[None], sin[None]), value), leaf, upstreams)
+
+            return step
+
+        return build
+
+    sides = {
+        OURS: forward_backward(lambda x: ops.rotary(x, cos, sin, rotated=2), [qkv], upstream),
+        "apply_rotary_pos_emb": stock(apply_rotary_pos_emb),
+    }
+    if compiled:
+        sides[COMPILED] = stock(torch.compile(apply_rotary_pos_emb))
+    return Workload(
+        group="rotary",
+        shape=f"B{batch} T{tokens} H{heads} D{head_dim}" + (f", {width} turned" if width < head_dim else ""),
+        dtype=dtype_name(dtype),
+        sides=sides,
+        useful_bytes=4 * size(qkv) * 2 // 3 + 4 * size(cos),  # query and key read and written, twice
+    )
+
+
 def workloads(quick: bool) -> dict[str, Maker]:
     """Every row by name, not built yet."""
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -308,6 +348,9 @@ def workloads(quick: bool) -> dict[str, Maker]:
         found[f"layer_norm_gelu-{name}"] = partial(layer_norm_gelu, rows, columns, dtype=dtype)
         found[f"gelu_layer_norm-{name}"] = partial(gelu_layer_norm, rows, columns, dtype=dtype)
         found[f"dropout-{name}"] = partial(dropout, rows, columns, dtype=dtype)
+        rotated = (2, 33, 2, 16) if quick else (8, 512, 12, 64)
+        for width in (rotated[-1], rotated[-1] // 4):
+            found[f"rotary-{width}-{name}"] = partial(rotary, *rotated, width, dtype=dtype)
     classes = 97 if quick else 50257
     found["embedding-float32"] = partial(embedding, rows // 2, columns, 101 if quick else 30522, dtype=fp32)
     found["cross_entropy-float32"] = partial(cross_entropy, rows // 2, classes, dtype=fp32)

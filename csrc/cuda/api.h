@@ -199,6 +199,21 @@ typedef struct {
 } fasttune_log_prob_backward_args;
 const char* fasttune_cuda_log_prob_backward(const fasttune_log_prob_backward_args*, void* stream);
 
+/* Rotary position embedding of x (B, S, N, H, D): B sequences of S rows, N parts of H heads. */
+typedef struct {
+  int dtype, table_dtype; /* table_dtype: dtype or float32 */
+  const void* x;          /* the last stride is 1, the others below */
+  void* out;              /* (B, S, N, H, D), contiguous; nothing of x */
+  const void *cos, *sin;  /* (P, W) */
+  const int64_t* row_ids; /* (B S,) row of the tables; or null: row t takes t mod P; outside [0, P): NaN */
+  int64_t batch, sequence, parts, heads, head_dim;
+  int64_t batch_stride, row_stride, part_stride, head_stride;
+  int64_t table_rows, width; /* P, W; W is even, from 2 to D */
+  int64_t rotated;           /* the parts that are turned; the others are copied */
+  int inverse;               /* the transposed map: the gradient */
+} fasttune_rotary_args;
+const char* fasttune_cuda_rotary(const fasttune_rotary_args*, void* stream);
+
 /* A tensor (N, rows, H, D), or (rows, H, D) when packed, whose D is contiguous; strides in elements. */
 typedef struct {
   void* data;

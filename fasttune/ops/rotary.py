@@ -21,11 +21,19 @@ from fasttune.ops._reference.rotary import rotary as rotary_reference
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", int, bool], None]
 
 
-def _launcher(kernel: Kernel) -> Callable[..., Tensor]:
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _cpp_empty_like(x: Tensor) -> Tensor:
+    return _cpp.empty_large(x.shape, x.dtype)  # 8 x 512 rows of query, key and value in float32 are 38 MB
+
+
+def _launcher(kernel: Kernel, empty_like: Callable[[Tensor], Tensor] = _empty_like) -> Callable[..., Tensor]:
     """fasttune::rotary of a kernel(x, out, cos, sin, row_ids, rotated, inverse)."""
 
     def run(x: Tensor, cos: Tensor, sin: Tensor, row_ids: Tensor | None, rotated: int | None, inverse: bool) -> Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = empty_like(x)
         if out.numel():
             x = x if x.stride(-1) == 1 else x.contiguous()
             x = x.unsqueeze(-3) if rotated is None else x
@@ -49,7 +57,7 @@ def _cpp_kernel(
 
 
 def _fake(x: Tensor, cos: Tensor, sin: Tensor, row_ids: Tensor | None, rotated: int | None, inverse: bool) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _empty_like(x)
 
 
 def _setup_context(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
@@ -66,7 +74,7 @@ _rotary = Operator(
     "rotary",
     "(Tensor x, Tensor cos, Tensor sin, Tensor? row_ids, int? rotated, bool inverse) -> Tensor",
     {
-        "cpp": _launcher(_cpp_kernel),
+        "cpp": _launcher(_cpp_kernel, _cpp_empty_like),
         "triton": _launcher(_triton.lazy("rotary", "rotary")),
         "cuda": _launcher(_cuda_rotary.rotary),
     },

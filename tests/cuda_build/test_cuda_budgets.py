@@ -31,6 +31,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         *("activation_kernel", "activation_backward_kernel", "dropout_kernel"),
         *("cross_entropy_kernel", "cross_entropy_backward_kernel", "loss_sum_kernel"),
         *("log_prob_kernel", "log_prob_backward_kernel"),
+        "rotary_kernel",
     }
     for name in names:
         variants = [kernel for kernel in kernels if kernel.kernel == name]
@@ -72,5 +73,5 @@ def test_the_instructions_are_those_that_the_sources_claim(disassembled):
                 assert count["LDSM"] > 0, f"no ldmatrix: {kernel}"
         elif kernel.kernel not in ("attention_delta_kernel", "column_sums_kernel", "loss_sum_kernel"):
             assert count["LDG.E.128"] > 0, f"no 16-byte load: {kernel}"
-        if kernel.kernel in ("dropout_kernel", "layer_norm_kernel", "activation_kernel"):
+        if kernel.kernel in ("dropout_kernel", "layer_norm_kernel", "activation_kernel", "rotary_kernel"):
             assert count["STG.E.128"] > 0, f"no 16-byte store: {kernel}"

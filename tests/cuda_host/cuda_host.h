@@ -47,6 +47,7 @@ constexpr int kBugOffByOne = 3;            // vector.cuh: one column too many is
 constexpr int kBugWrongFragment = 4;       // attention.cuh: two registers of an mma operand are mixed up
 constexpr int kBugMissingWait = 5;         // attention_forward.cu: a tile is read before it has arrived
 constexpr int kBugMissingTileSync = 6;  // attention_forward.cu: a tile is read that other threads are writing
+constexpr int kBugSameHalf = 7;         // rotary.cu: the gradient takes each half's own sine
 
 namespace host {
 

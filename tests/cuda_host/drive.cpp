@@ -295,6 +295,47 @@ void log_prob(int dtype, int64_t classes) {
   print(name, {&found[0], &found[1], &found[2], &found[3], &statistics, &logits});
 }
 
+// Two parts of three are turned, of rows that are not next to each other, by tables' rows in no order.
+void rotary(int dtype, int64_t head_dim, int64_t width, int table_dtype) {
+  const std::string name = label("rotary", dtype, head_dim);
+  if (!wanted(name)) return;
+  const int64_t rows = 9, parts = 3, heads = 5, positions = 7, gap = 8;
+  const int64_t row_stride = parts * heads * head_dim + gap;
+  const int64_t ids[rows] = {0, 6, 2, 2, 5, 1, 0, 3, 4};
+  Buffer x(dtype, rows * row_stride - gap), out(dtype, rows * parts * heads * head_dim),
+      dx(dtype, out.count()), cos(table_dtype, positions * width), sin(table_dtype, positions * width);
+  x.random();
+  cos.random();
+  sin.random();
+  fasttune_rotary_args args{};
+  args.dtype = dtype;
+  args.table_dtype = table_dtype;
+  args.x = x.data();
+  args.out = out.data();
+  args.cos = cos.data();
+  args.sin = sin.data();
+  args.row_ids = ids;
+  args.batch = 1;
+  args.sequence = rows;
+  args.parts = parts;
+  args.heads = heads;
+  args.head_dim = head_dim;
+  args.batch_stride = rows * row_stride;
+  args.row_stride = row_stride;
+  args.part_stride = heads * head_dim;
+  args.head_stride = head_dim;
+  args.table_rows = positions;
+  args.width = width;
+  args.rotated = 2;
+  check(fasttune_cuda_rotary(&args, nullptr));
+  args.x = out.data();
+  args.out = dx.data();
+  args.row_stride = parts * heads * head_dim;
+  args.inverse = 1;
+  check(fasttune_cuda_rotary(&args, nullptr));
+  print(name, {&out, &dx});
+}
+
 void attention(const char* operation, int dtype, int64_t sequences, int64_t queries, int64_t keys,
                int64_t heads, int64_t head_dim, std::vector<int> offsets, std::vector<int> query_offsets = {},
                std::vector<int> positions = {}) {
@@ -374,6 +415,8 @@ int main(int count, char** arguments) {
     cross_entropy(dtype, 5003);
     log_prob(dtype, 3);
     log_prob(dtype, 5003);
+    rotary(dtype, 64, 64, FASTTUNE_F32);
+    rotary(dtype, 37, 22, dtype);
     attention("attention", dtype, 1, 70, 100, 1, 40, {});
     attention("attention_packed", dtype, 4, 110, 110, 1, 72, {0, 20, 20, 85, 110});
     attention("attention_chosen", dtype, 4, 6, 110, 1, 24, {0, 20, 20, 85, 110}, {0, 1, 1, 5, 6},

@@ -13,7 +13,7 @@ import pytest
 from cuda_host import building
 
 # tests/cuda_host/cuda_host.h
-MISSING_SYNC, UNORDERED_REDUCTION, OFF_BY_ONE, WRONG_FRAGMENT, MISSING_WAIT, MISSING_TILE_SYNC = range(1, 7)
+MISSING_SYNC, UNORDERED_REDUCTION, OFF_BY_ONE, WRONG_FRAGMENT, MISSING_WAIT, MISSING_TILE_SYNC, SAME_HALF = range(1, 8)
 REPORTS = ("ThreadSanitizer", "AddressSanitizer", "runtime error", "cuda_host:")
 
 
@@ -37,7 +37,7 @@ def expected(harness):
     """What the kernels compute, as fibers in ascending order."""
     lines, reports = drive("plain")
     assert not reports
-    assert len(lines) == 3 * (2 + 2 + 9 + 1 + 2 + 2 + 3)
+    assert len(lines) == 3 * (2 + 2 + 9 + 1 + 2 + 2 + 2 + 3)
     assert [line for line in lines if not line.endswith("nan=0")] == []
     return lines
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from oracle import assert_same_math
 
+from cuda_host import test_cuda_rotary
 from cuda_host.test_cuda_attention import NAMES, fused, stock, tensors
-from cuda_host.test_cuda_sanitizers import MISSING_WAIT, WRONG_FRAGMENT
+from cuda_host.test_cuda_sanitizers import MISSING_WAIT, SAME_HALF, WRONG_FRAGMENT
 
 
 @pytest.mark.parametrize("bug", [MISSING_WAIT, WRONG_FRAGMENT])
@@ -15,3 +16,12 @@ def test_parity_sees_a_bug(harness, bug):
     harness.seed_bug(bug)
     with pytest.raises(AssertionError, match=r"output: (error|not finite)"):
         assert_same_math(fused(), stock(False), inputs, NAMES)
+
+
+def test_the_rotary_parity_sees_a_bug(harness):
+    """Angles would not show it: both halves of their rows are equal."""
+    arguments = (2, 5, 16, 16, torch.float32)
+    test_cuda_rotary.check(*arguments)
+    harness.seed_bug(SAME_HALF)
+    with pytest.raises(AssertionError, match="grad x: error"):
+        test_cuda_rotary.check(*arguments)

@@ -149,6 +149,21 @@ BUGS = [
         "if (g[v] == 0.0f || token[v] < 0",
         "sums[v - first] += token[v] < 0 ? g[v] : 0.0f;\n      if (g[v] == 0.0f || token[v] < 0",
         "linear_max::test_nothing_to_take_the_maximum_of"),
+    Bug("the gradient takes each half's own sine", "rotary",
+        "args.inverse ? zero() - high : low",
+        "args.inverse ? zero() - low : low", "rotary::test_query_and_key_of_a_projection_match_stock"),
+    Bug("columns behind the turned ones are not copied", "rotary",
+        "std::memcpy(out + width, x + width, static_cast<size_t>(head_dim - width) * sizeof(T));",
+        "(void)head_dim;", "rotary::test_query_and_key_of_a_projection_match_stock"),
+    Bug("the value is turned too", "rotary",
+        "part < args.rotated ? args.width : 0",
+        "args.width", "rotary::test_query_and_key_of_a_projection_match_stock"),
+    Bug("a row is turned by its place, not by its number", "rotary",
+        "args.row_ids ? args.row_ids[row] : row % args.table_rows",
+        "row % args.table_rows", "rotary::test_chosen_rows"),
+    Bug("every sequence is the first", "rotary",
+        "row / args.sequence * args.batch_stride",
+        "0 * args.batch_stride", "rotary::test_layouts"),
 ]
 # fmt: on
 

@@ -308,6 +308,34 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
         check(fasttune_cuda_log_prob_backward(&args, pointer<void>(stream)));
       },
       without_gil);
+  module.def(
+      "rotary",
+      [](int dtype, int table_dtype, Address x, Address out, Address cos, Address sin, Address row_ids,
+         const std::array<int64_t, 5>& sizes, const std::array<int64_t, 4>& strides, int64_t table_rows,
+         int64_t width, int64_t rotated, bool inverse, Address stream) {
+        const fasttune_rotary_args args{dtype,
+                                        table_dtype,
+                                        pointer<const void>(x),
+                                        pointer<void>(out),
+                                        pointer<const void>(cos),
+                                        pointer<const void>(sin),
+                                        pointer<const int64_t>(row_ids),
+                                        sizes[0],
+                                        sizes[1],
+                                        sizes[2],
+                                        sizes[3],
+                                        sizes[4],
+                                        strides[0],
+                                        strides[1],
+                                        strides[2],
+                                        strides[3],
+                                        table_rows,
+                                        width,
+                                        rotated,
+                                        inverse};
+        check(fasttune_cuda_rotary(&args, pointer<void>(stream)));
+      },
+      without_gil);
   module.def("attention_shared_bytes", &fasttune_cuda_attention_shared_bytes);
   module.def(
       "attention_forward",
