@@ -70,8 +70,8 @@ class PostNorm:
         self.out, self.norm1 = linear(attention.output.dense), Norm(attention.output.LayerNorm)
         self.up, self.down = linear(layer.intermediate.dense), linear(layer.output.dense)
         self.norm2 = Norm(layer.output.LayerNorm)
-        self.act, self.gelu = activation(layer.intermediate.intermediate_act_fn)
-        self.fused_mlp = bool(self.gelu) and patch.settings.options.mlp and type(self.up).__name__ == "Linear"
+        self.act, self.activation = activation(layer.intermediate.intermediate_act_fn)
+        self.fused_mlp = bool(self.activation) and patch.settings.options.mlp and type(self.up).__name__ == "Linear"
         known(attend.dropout, nn.Dropout)
         of_attention = float(attend.dropout.p) if attend.training else 0.0  # as stock: the module itself is not called
         self.dropouts = (of_attention, probability(attention.output.dropout), probability(layer.output.dropout))
@@ -110,7 +110,8 @@ class PostNorm:
         after = self._norm(self.norm1, self.out(attended, row_ids), rows, self.dropouts[1], row_ids)
         if self.fused_mlp:
             product = self.up.product(after)  # type: ignore[union-attr]
-            middle = ops.bias_gelu(product, self.up.bias, approximate=self.gelu, backend=self.backend)  # type: ignore[union-attr, arg-type]
+            bias = self.up.bias  # type: ignore[union-attr]
+            middle = ops.bias_activation(product, bias, activation=self.activation, backend=self.backend)  # type: ignore[arg-type]
         else:
             middle = self.act(self.up(after, row_ids))
         return self._norm(self.norm2, self.down(middle, row_ids), after, self.dropouts[2], row_ids)
@@ -235,11 +236,11 @@ class DenseDropoutAddNorm(Patched):
 
 
 class DenseGelu(Patched):
-    """GELU(dense(x)), the bias added in the activation's pass."""
+    """act(dense(x)), the bias added in the activation's pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         patch, dense = self._fasttune, self.dense
-        kind, why = gelu_of(self.intermediate_act_fn)
+        kind, why = activation_of(self.intermediate_act_fn)
         why = why or why_unknown(dense, nn.Linear) or why_replaced(stock_class(type(self)))
         if why is not None or dense.bias is None or not patch.fused(hidden_states):
             if why is not None:
@@ -247,7 +248,7 @@ class DenseGelu(Patched):
             return super().forward(hidden_states)
         patch.note()
         product = F.linear(hidden_states, dense.weight)
-        return ops.bias_gelu(product, dense.bias, approximate=kind, backend=patch.backend)  # type: ignore[arg-type]
+        return ops.bias_activation(product, dense.bias, activation=kind, backend=patch.backend)  # type: ignore[arg-type]
 
 
 class DenseGeluNorm(Patched):
@@ -318,20 +319,30 @@ def _of_tensor(hidden: Tensor) -> PromisedRows:
     return PromisedRows.of(source_of(hidden), hidden.shape[:-1])
 
 
-def gelu_of(function: Any) -> tuple[str, str | None]:
-    """("none" or "tanh", None), or why an activation cannot be fused."""
+def activation_of(function: Any) -> tuple[str, str | None]:
+    """(`ops.bias_activation`'s name of it, None), or why an activation cannot be fused."""
     try:
         _, kind = activation(function)
     except Unknown as unknown:
         return "", str(unknown)
-    return kind, None if kind else f"its activation is {function!r}, not GELU"
+    return kind, None if kind else f"its activation is {function!r}, which has no fused pass"
+
+
+def gelu_of(function: Any) -> tuple[str, str | None]:
+    """("none" or "tanh", None), or why an activation cannot be fused with a LayerNorm behind it."""
+    kind, why = activation_of(function)
+    approximate = {"gelu": "none", "gelu_tanh": "tanh"}.get(kind, "")
+    return approximate, why if why or approximate else f"its activation is {function!r}, not GELU"
 
 
 def why_no_gelu(name: str) -> Callable[[Any], str | None]:
-    """A check for `Replacement.unsuited`: the activation held by attribute `name`."""
+    """A check for `Replacement.unsuited`: the activation held by attribute `name`, in front of a LayerNorm."""
+    return _check(gelu_of, name)
 
+
+def _check(of: Callable[[Any], tuple[str, str | None]], name: str) -> Callable[[Any], str | None]:
     def check(module: Any) -> str | None:
-        _, why = gelu_of(getattr(module, name))
+        _, why = of(getattr(module, name))
         return why if why is None or "hooks" not in why else None  # hooks may go again; they are seen at each call
 
     return check
@@ -496,10 +507,10 @@ def bert_like(
             replace(
                 f"{prefix}Intermediate",
                 "mlp",
-                "bias_gelu",
-                "bias + GELU",
+                "bias_activation",
+                "bias + activation",
                 covers=("intermediate_act_fn",),
-                unsuited=why_no_gelu("intermediate_act_fn"),
+                unsuited=_check(activation_of, "intermediate_act_fn"),
             ),
             replace(
                 transform,

@@ -65,8 +65,8 @@ class PreNorm:
         self.norm1, self.norm2 = Norm(block.ln_1), Norm(block.ln_2)
         self.qkv, self.out = linear(attn.c_attn), linear(attn.c_proj)
         self.up, self.down = linear(mlp.c_fc), linear(mlp.c_proj)
-        self.act, self.gelu = activation(mlp.act)
-        self.fused_mlp = bool(self.gelu) and patch.settings.options.mlp and type(self.up) is Linear
+        self.act, self.activation = activation(mlp.act)
+        self.fused_mlp = bool(self.activation) and patch.settings.options.mlp and type(self.up) is Linear
         known(attn.attn_dropout, nn.Dropout)
         of_attention = float(attn.attn_dropout.p) if attn.training else 0.0  # as stock: the module itself is not called
         self.dropouts = (of_attention, probability(attn.resid_dropout), probability(mlp.dropout))
@@ -125,7 +125,8 @@ class PreNorm:
         )
         if self.fused_mlp:
             product = self.up.product(normed)  # type: ignore[union-attr]
-            middle = ops.bias_gelu(product, self.up.bias, approximate=self.gelu, backend=backend)  # type: ignore[union-attr, arg-type]
+            bias = self.up.bias  # type: ignore[union-attr]
+            middle = ops.bias_activation(product, bias, activation=self.activation, backend=backend)  # type: ignore[arg-type]
         else:
             middle = self.act(self.up(normed, row_ids))
         down = self.down(middle, row_ids)
@@ -249,7 +250,7 @@ class GPT2MLP(Patched, stock.GPT2MLP):
             return super().forward(hidden_states)
         patch.note()
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        activated = ops.bias_gelu(up.product(flat), up.bias, approximate=kind, backend=patch.backend)  # type: ignore[union-attr, arg-type]
+        activated = ops.bias_activation(up.product(flat), up.bias, activation=kind, backend=patch.backend)  # type: ignore[union-attr, arg-type]
         return self.dropout(self.c_proj(activated.view(*hidden_states.shape[:-1], c_fc.nf)))
 
 
@@ -347,7 +348,7 @@ FAMILY = Family(
             "attention without a T×T tensor",
             covers=("attn_dropout",),
         ),
-        Replacement(stock.GPT2MLP, GPT2MLP, "mlp", "bias_gelu", "bias + GELU", covers=("act",)),
+        Replacement(stock.GPT2MLP, GPT2MLP, "mlp", "bias_activation", "bias + activation", covers=("act",)),
         Replacement(
             nn.Embedding,
             Embedding,

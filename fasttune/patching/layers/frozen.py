@@ -146,9 +146,7 @@ def probability(module: Any) -> float:
 
 
 def activation(function: Any) -> tuple[Callable[[Tensor], Tensor], str]:
-    """(the function, "none" or "tanh" if it is that GELU and "" otherwise); raises Unknown unless it is elementwise."""
-    if function is F.gelu or function is torch._C._nn.gelu:
-        return F.gelu, "none"
+    """(the function, its name for `ops.bias_activation` or "" without one); raises Unknown unless it is elementwise."""
     if isinstance(function, nn.Module):
         cls = type(function)
         if cls.__module__ not in ("transformers.activations", "torch.nn.modules.activation"):
@@ -158,20 +156,32 @@ def activation(function: Any) -> tuple[Callable[[Tensor], Tensor], str]:
         known(function, cls)
         if any(True for _ in function.parameters()):
             raise Unknown(f"its activation {cls.__name__} has weights")
-        kind = str(function.approximate) if isinstance(function, nn.GELU) else _GELUS.get(cls, "")
+        kind = _MODULES.get(cls, "")
+        if isinstance(function, nn.GELU):
+            kind = "gelu_tanh" if function.approximate == "tanh" else "gelu"
         return function.forward, kind
     if function in _FUNCTIONS:
-        return function, ""
+        return function, _FUNCTIONS[function]
     raise Unknown(f"its activation is {function!r}")
 
 
-_GELUS: dict[type, str] = {
-    activations.GELUActivation: "none",
-    activations.NewGELUActivation: "tanh",
-    activations.GELUTanh: "tanh",
-    activations.FastGELUActivation: "tanh",
+_MODULES: dict[type, str] = {
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    activations.ReLUSquaredActivation: "relu2",
+    nn.ReLU: "relu",
+    activations.SiLUActivation: "silu",
+    nn.SiLU: "silu",
 }
-_FUNCTIONS = (F.relu, F.silu, F.tanh, torch.tanh, torch.relu, F.mish, F.sigmoid, torch.sigmoid, F.elu, F.leaky_relu)
+_FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((F.gelu, torch._C._nn.gelu), "gelu"),
+    **dict.fromkeys((F.relu, torch.relu), "relu"),
+    F.silu: "silu",
+    **dict.fromkeys((F.tanh, torch.tanh, F.mish, F.sigmoid, torch.sigmoid, F.elu, F.leaky_relu), ""),
+}
 
 
 def _device_of(weights: list[Tensor]) -> torch.device:
