@@ -20,7 +20,7 @@ KINDS = {
     "matrix products": r"aten::(mm|addmm|bmm|baddbmm)$",
     "attention": r"Fasttune_attention|scaled_dot_product|softmax",
     "loss": r"Fasttune_(linear_)?cross_entropy|nll_loss|log_softmax",
-    "activation": r"Fasttune_bias_gelu|gelu|tanh|pow",
+    "activation": r"Fasttune_bias_activation|gelu|tanh|pow",
     "norms, dropout, residual": r"Fasttune_(dropout|layer_norm)|layer_norm|dropout|bernoulli",
     "embedding": r"embedding",
     "optimizer": r"adamw",

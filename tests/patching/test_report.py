@@ -7,6 +7,7 @@ import torch
 from models import batch_of, build, loss_of
 
 import fasttune
+from fasttune import ops
 
 
 def rows_of(model):
@@ -98,3 +99,39 @@ def test_the_table_fits_100_columns():
     model = patched("RobertaForMaskedLM")
     loss_of(model, batch_of(model, padding="right"))
     assert max(len(line) for line in str(fasttune.report(model)).splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    ("head", "changes", "mlp"),
+    [
+        ("BertForMaskedLM", {"hidden_act": "relu"}, "bert.encoder.layer.{0-1}.intermediate"),
+        ("BertForMaskedLM", {"hidden_act": "silu"}, "bert.encoder.layer.{0-1}.intermediate"),
+        ("BertForMaskedLM", {"hidden_act": "tanh"}, "bert.encoder.layer.{0-1}.intermediate"),
+        ("GPT2LMHeadModel", {"activation_function": "quick_gelu"}, "transformer.h.{0-1}.mlp"),
+    ],
+)
+def test_activations_that_are_fused_and_those_that_are_not(head, changes, mlp, monkeypatch):
+    """By the module itself and as a function of rows; a head's transform takes GELU alone."""
+    kinds = []
+    original = ops.bias_activation
+    monkeypatch.setattr(
+        ops,
+        "bias_activation",
+        lambda *a, activation, **o: kinds.append(activation) or original(*a, activation=activation, **o),
+    )
+    (name,) = changes.values()
+    for rows in (True, False):
+        kinds.clear()
+        model = fasttune.patch(build(head, **changes).train(), packing=rows, trim=rows)
+        loss_of(model, batch_of(model, padding="right"))
+        row = rows_of(model)[mlp]
+        if name == "tanh":
+            assert (row.runs, row.calls) == ("", 0)
+            assert "Tanh(), which has no fused pass" in row.note
+            assert not kinds
+        else:
+            assert "bias + activation" in row.runs
+            assert "around it" in row.note if rows else row.calls == 2
+            assert kinds == [name] * 2
+    if head.startswith("Bert"):
+        assert "not GELU" in rows_of(model)["cls.predictions.transform"].note or name == "tanh"

@@ -34,13 +34,13 @@ TRIMMED = [
 def rows_of_mlps(monkeypatch):
     """How many rows each MLP worked on."""
     seen = []
-    original = ops.bias_gelu
+    original = ops.bias_activation
 
     def recording(x, *args, **kwargs):
         seen.append(x.numel() // x.shape[-1])
         return original(x, *args, **kwargs)
 
-    monkeypatch.setattr(ops, "bias_gelu", recording)
+    monkeypatch.setattr(ops, "bias_activation", recording)
     return seen
 
 
