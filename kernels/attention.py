@@ -23,6 +23,10 @@ Queries of some positions only (the rows of a last layer that somebody reads) ca
 sequence: causality and dropout go by them, so a row is what it would be among all. A tile's first and last position
 say which keys it sees; a tile of keys finds the first query that sees it by bisection.
 
+A window cuts a band out of the scores: a tile of queries begins at the first key that one of them sees and ends at the
+last, a tile of keys likewise, so the work is O(Q window); tiles that an edge of the band crosses are masked, before and
+behind those that it does not. None is an argument of its own for the compiler, and leaves nothing of this.
+
 A `call` says which queries meet which keys and what becomes of the scores: fasttune/ops/_attention_call.py.
 The kernels: attention_forward.py, attention_backward.py, and what they share, attention_rows.py.
 """
@@ -93,9 +97,21 @@ TILES = {
     ("gfx942", 128, "dkdv", False): Tiles(32, 64, 8, 1),
     ("gfx942", 128, "dkdv", True): Tiles(32, 64, 8, 1),
 }
-# Chosen queries have positions in registers. They take the tiles of dropout, which leave some, but for:
+# Chosen queries have positions in registers, a window its masks. They take dropout's tiles, which leave some, but for:
 CHOSEN_TILES = {
     ("sm80", 128, "dkdv"): Tiles(32, 64, 8, 2),
+}
+# A window is narrow, so of a small tile more is in it. sm100 takes sm80's.
+WINDOW_TILES = {
+    ("sm80", 64, "forward"): Tiles(64, 64, 4, 2),
+    ("sm80", 128, "dkdv"): Tiles(32, 64, 4, 1),
+    ("sm90", 64, "forward"): Tiles(64, 64, 4, 2),
+    ("sm90", 128, "forward"): Tiles(64, 64, 8, 1),
+    ("sm90", 128, "dkdv"): Tiles(32, 64, 4, 1),
+    ("gfx942", 64, "forward"): Tiles(64, 64, 4, 2),
+    ("gfx942", 64, "dkdv"): Tiles(32, 64, 4, 1),
+    ("gfx942", 128, "forward"): Tiles(64, 64, 8, 1),
+    ("gfx942", 128, "dq"): Tiles(64, 32, 8, 1),
 }
 # What tuning tries beside them, in 16 bits: deeper pipelines, and a tile that may spill but reads less.
 MORE_TILES = (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2))
@@ -115,25 +131,30 @@ INTERPRETED_TILES = {
 }
 
 
-def tiles(kernel: str, block_d: int, dtype: torch.dtype, dropout: bool, chosen: bool = False) -> Tiles:
+def tiles(
+    kernel: str, block_d: int, dtype: torch.dtype, dropout: bool, chosen: bool = False, windowed: bool = False
+) -> Tiles:
     target = launch.target()
     if target == "interpreter":
         return INTERPRETED_TILES[kernel]
     if dtype == torch.float32:
         return FLOAT32_TILES[max(64, block_d), kernel]
-    width, dropout = max(64, block_d), dropout or chosen
+    width, dropout = max(64, block_d), dropout or chosen or windowed
     known = target if (target, 64, kernel, dropout) in TILES else ("gfx942" if target.startswith("gfx") else "sm80")
-    if chosen and (known, width, kernel) in CHOSEN_TILES:
-        return CHOSEN_TILES[known, width, kernel]
+    for table, asked in ((WINDOW_TILES, windowed), (CHOSEN_TILES, chosen)):
+        if asked and (known, width, kernel) in table:
+            return table[known, width, kernel]
     return TILES[known, width, kernel, dropout]
 
 
 def _tile(kernel: str, query: Tensor, call: Any, launch_with: Callable[..., None]) -> Tiles:
     """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest of those for any target and of MORE_TILES."""
     block_d = launch.power_of_two(query.shape[-1], 16)
-    causal, dropout, chosen = call.causal, call.seed is not None, call.positions_q is not None
-    default = tiles(kernel, block_d, query.dtype, dropout, chosen)
-    kind = f"attention {kernel} {block_d} {query.dtype} causal={causal} dropout={dropout}{' chosen' if chosen else ''}"
+    dropout, chosen, windowed = call.seed is not None, call.positions_q is not None, call.window is not None
+    default = tiles(kernel, block_d, query.dtype, dropout, chosen, windowed)
+    kind = f"attention {kernel} {block_d} {query.dtype} causal={call.causal} dropout={dropout}"
+    kind += " chosen" if chosen else ""
+    kind += f" window={launch.power_of_two(call.window)}" if windowed else ""
     if query.dtype == torch.float32:
         candidates = [tile for (_, name), tile in FLOAT32_TILES.items() if name == kernel]
     else:
@@ -263,7 +284,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tenso
         for part in _launches(query, call):
             attention_forward_kernel[_grid(sizes[1], tile.block_m, part, call)](
                 *(*part.of(query, key, value, out), *part.of_statistics(lse), *pointers, call.seed),
-                *(*part.numbers(), *sizes),
+                *(*part.numbers(), *sizes, call.window),
                 *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *_lse_strides(query, call)),
                 *(call.scale, threshold, keep_scale),
                 STEP=_step(tile, query.dtype, call.seed),
@@ -301,7 +322,7 @@ def backward(
         for part in _launches(query, call):
             attention_dq_kernel[_grid(sizes[1], tile.block_m, part, call)](
                 *(*part.of(dout, query, key, value, out), *part.of_statistics(lse, delta), *part.of(dq)),
-                *(*pointers, call.seed, *part.numbers(), *sizes),
+                *(*pointers, call.seed, *part.numbers(), *sizes, call.window),
                 *(*inputs, *_strides(out), *_strides(dq), *options),
                 STEP=_step(tile, query.dtype, call.seed),
                 **_tile_constants(tile),
@@ -312,7 +333,7 @@ def backward(
         for part in _launches(query, call):
             attention_dkdv_kernel[_grid(sizes[2], tile.block_n, part, call)](
                 *(*part.of(dout, query, key, value), *part.of_statistics(lse, delta), *part.of(dk, dv)),
-                *(*pointers, call.seed, *part.numbers(), *sizes),
+                *(*pointers, call.seed, *part.numbers(), *sizes, call.window),
                 *(*inputs, *_strides(dk), *_strides(dv), *options),
                 **_tile_constants(tile),
                 **constants,

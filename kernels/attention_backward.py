@@ -11,7 +11,10 @@ from fasttune.kernels.attention_rows import (
     find_tile,
     first_query_from,
     head_of,
+    keys_of_tile,
     load_rows,
+    masked_walk,
+    sees,
     store_rows,
     tile_positions,
 )
@@ -35,6 +38,9 @@ def _dq_tiles(
     offset,
     first,
     last,
+    gap_from,
+    gap,
+    window,
     k_row,
     v_row,
     scale,
@@ -49,6 +55,8 @@ def _dq_tiles(
     PRECISION: tl.constexpr,
 ):
     for first_key in range(first, last, STEP):
+        if gap is not None:
+            first_key += tl.where(first_key < gap_from, 0, gap)
         if seed is not None:
             within = 0 if STEP % 128 == 0 else first_key % 128
             bits = attention_drop_bits(seed, position, head, first_key - within, threshold)
@@ -61,8 +69,8 @@ def _dq_tiles(
             p = tl.exp2(s - lse[:, None])
             if MASKED:
                 visible = (key < keys)[None, :]
-                if CAUSAL:
-                    visible = visible & (key[None, :] <= position[:, None] + offset)
+                if CAUSAL or window is not None:
+                    visible = visible & sees(position[:, None] + offset, key[None, :], window, CAUSAL)
                 p = tl.where(visible, p, 0.0)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             if seed is not None:
@@ -91,6 +99,7 @@ def attention_dq_kernel(
     sequences,
     queries,
     keys,
+    window,
     do_sequence,
     do_row,
     do_head,
@@ -144,16 +153,15 @@ def attention_dq_kernel(
         lse_tile = tl.load(lse + statistic, mask=valid, other=float("inf"))
         q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
         k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
-        last, full = keys, keys
-        if CAUSAL:
-            last = tl.minimum(keys - 1, highest + offset) + 1
-            full = tl.minimum(keys - 1, lowest + offset) + 1
-        full = tl.maximum(full, 0) // STEP * STEP
+        first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        start, end, gap = inner, full, None
         for MASKED in tl.static_range(2):
+            if MASKED:
+                start, end, gap = masked_walk(first, inner, full, last, window)
             acc = _dq_tiles(
                 *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, seed, position, head, start, keys, offset),
-                *(full if MASKED else 0, last if MASKED else full, k_row, v_row, scale * LOG2E, threshold, keep_scale),
+                *(start, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold, keep_scale),
                 *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
             )
         store_rows(head_of(dq, dq_sequence, dq_head), first_row, dq_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
@@ -179,12 +187,16 @@ def _dkdv_tiles(
     offset,
     first,
     last,
+    gap_from,
+    gap,
+    window,
     q_row,
     do_row,
     scale,
     threshold,
     keep_scale,
-    DIAGONAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -192,6 +204,8 @@ def _dkdv_tiles(
     PRECISION: tl.constexpr,
 ):
     for first_query in range(first, last, BLOCK_M):
+        if gap is not None:
+            first_query += tl.where(first_query < gap_from, 0, gap)
         query = first_query + tl.arange(0, BLOCK_M)
         valid = query < queries
         row = first_row + first_query
@@ -204,8 +218,8 @@ def _dkdv_tiles(
             position = tl.load(positions + first_row + query, mask=valid, other=0)
         s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale  # transposed: [keys, queries]
         p = tl.exp2(s - lse_tile[None, :])
-        if DIAGONAL:
-            p = tl.where(key[:, None] <= position[None, :] + offset, p, 0.0)
+        if MASKED:
+            p = tl.where(sees(position[None, :] + offset, key[:, None], window, CAUSAL), p, 0.0)
         dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
         kept = p
         if seed is not None:
@@ -239,6 +253,7 @@ def attention_dkdv_kernel(
     sequences,
     queries,
     keys,
+    window,
     do_sequence,
     do_row,
     do_head,
@@ -288,20 +303,29 @@ def attention_dkdv_kernel(
     v_tile = load_rows(head_of(v, v_sequence, v_head), start, v_row, valid, True, HEAD_DIM, BLOCK_D)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    below = 0
-    if CAUSAL:  # queries from `first` on see some key of the tile, those from `below` on every one
-        first = first_query_from(positions, first_row, queries, offset, first_key) // BLOCK_M * BLOCK_M
-        below = first_query_from(positions, first_row, queries, offset, first_key + BLOCK_N - 1)
+    # Queries from `below` to `beyond` see all keys of the tile, some from `first` to `below` or up to `last` see a few.
+    below, beyond = 0, queries
+    if CAUSAL or window is not None:
+        ahead = 0 if CAUSAL else window
+        first = first_query_from(positions, first_row, queries, offset, first_key - ahead) // BLOCK_M * BLOCK_M
+        below = first_query_from(positions, first_row, queries, offset, first_key + BLOCK_N - 1 - ahead)
         below = tl.cdiv(below, BLOCK_M) * BLOCK_M
+        start, end, gap = first, tl.minimum(below, queries), None
+        if window is not None:
+            beyond = first_query_from(positions, first_row, queries, offset, first_key + window + 1)
+            beyond = tl.minimum(beyond // BLOCK_M, tl.cdiv(queries, BLOCK_M)) * BLOCK_M
+            below = tl.minimum(below, beyond)
+            last = first_query_from(positions, first_row, queries, offset, first_key + BLOCK_N + window)
+            start, end, gap = masked_walk(first, below, beyond, tl.minimum(last, queries), window)
         dk_tile, dv_tile = _dkdv_tiles(
             *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
-            *(queries, offset, first, tl.minimum(below, queries), q_row, do_row, scale * LOG2E, threshold),
-            *(keep_scale, True, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
+            *(queries, offset, start, end, below, gap, window, q_row, do_row, scale * LOG2E, threshold, keep_scale),
+            *(True, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
         )
     dk_tile, dv_tile = _dkdv_tiles(
         *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
-        *(queries, offset, below, queries, q_row, do_row, scale * LOG2E, threshold),
-        *(keep_scale, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
+        *(queries, offset, below, tl.minimum(beyond, queries), below, None, window, q_row, do_row, scale * LOG2E),
+        *(threshold, keep_scale, False, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
     )
     if dk is not None:
         store_rows(head_of(dk, dk_sequence, dk_head), start, dk_row, dk_tile * scale, valid, HEAD_DIM, BLOCK_D)

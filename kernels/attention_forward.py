@@ -9,7 +9,10 @@ from fasttune.kernels.attention_rows import (
     extent,
     find_tile,
     head_of,
+    keys_of_tile,
     load_rows,
+    masked_walk,
+    sees,
     store_rows,
     tile_positions,
 )
@@ -32,6 +35,9 @@ def _forward_tiles(
     offset,
     first,
     last,
+    gap_from,
+    gap,
+    window,
     k_row,
     v_row,
     scale,
@@ -45,6 +51,8 @@ def _forward_tiles(
     PRECISION: tl.constexpr,
 ):
     for first_key in range(first, last, STEP):
+        if gap is not None:
+            first_key += tl.where(first_key < gap_from, 0, gap)
         if seed is not None:
             within = 0 if STEP % 128 == 0 else first_key % 128
             bits = attention_drop_bits(seed, position, head, first_key - within, threshold)
@@ -55,8 +63,8 @@ def _forward_tiles(
             s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
             if MASKED:
                 visible = (key < keys)[None, :]
-                if CAUSAL:
-                    visible = visible & (key[None, :] <= position[:, None] + offset)
+                if CAUSAL or window is not None:
+                    visible = visible & sees(position[:, None] + offset, key[None, :], window, CAUSAL)
                 s = tl.where(visible, s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             # A row that has seen no key yet has maximum -inf; subtracting 0 instead keeps its weights at 0, not NaN.
@@ -88,6 +96,7 @@ def attention_forward_kernel(
     sequences,
     queries,
     keys,
+    window,
     q_sequence,
     q_row,
     q_head,
@@ -127,18 +136,17 @@ def attention_forward_kernel(
     first_row += first_query
     q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
     k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
-    last, full = keys, keys
-    if CAUSAL:
-        last = tl.minimum(keys - 1, highest + offset) + 1
-        full = tl.minimum(keys - 1, lowest + offset) + 1
-    full = tl.maximum(full, 0) // STEP * STEP  # keys before it are visible to all queries of the tile
+    first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    start, end, gap = inner, full, None
     for MASKED in tl.static_range(2):
+        if MASKED:
+            start, end, gap = masked_walk(first, inner, full, last, window)
         acc, total, m = _forward_tiles(
             *(acc, total, m, q_tile, k, v, seed, position, head, start, keys, offset),
-            *(full if MASKED else 0, last if MASKED else full, k_row, v_row, scale * LOG2E, threshold),
+            *(start, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold),
             *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
         )
     seen = total > 0.0

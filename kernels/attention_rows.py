@@ -12,7 +12,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Sizes and strides that change with the batch: no new compilation for them.
-RUN_TIME = ["first_head", "heads", "sequences", "queries", "keys", "threshold", "lse_sequence", "lse_head"]
+RUN_TIME = ["first_head", "heads", "sequences", "queries", "keys", "window", "threshold", "lse_sequence", "lse_head"]
 
 
 @triton.jit
@@ -58,8 +58,47 @@ def tile_positions(positions, first_row, first_query, queries, keys, BLOCK_M: tl
 
 
 @triton.jit
+def keys_of_tile(lowest, highest, keys, window, CAUSAL: tl.constexpr, STEP: tl.constexpr):
+    """(first, inner, full, last) for a tile of queries that stand from `lowest` to `highest` among the keys: all see
+    the keys from `inner` to `full`; some may see those from `first` to `inner` and from `full` to `last`. All but
+    the last are multiples of STEP."""
+    first, inner, full, last = 0, 0, keys, keys
+    if CAUSAL:
+        full, last = tl.minimum(keys - 1, lowest) + 1, tl.minimum(keys - 1, highest) + 1
+    elif window is not None:  # subtracted before it is added: the sum may have more than 32 bits
+        full = tl.minimum(keys - 1 - window, lowest) + window + 1
+        last = tl.minimum(keys - 1 - window, highest) + window + 1
+    full = tl.maximum(full, 0) // STEP * STEP
+    if window is not None:
+        first = tl.minimum(tl.maximum(lowest - window, 0) // STEP * STEP, full)
+        inner = tl.minimum(tl.cdiv(tl.maximum(highest - window, 0), STEP) * STEP, full)
+    return first, inner, full, last
+
+
+@triton.jit
+def masked_walk(first, inner, full, last, window):
+    """(start, end, gap) of one loop over the masked tiles: they lie behind `full` or, with a window, on both sides of
+    what is between `inner` and `full`, which is the gap from `inner` on."""
+    start, end, gap = full, last, None
+    if window is not None:
+        start, end, gap = first, last - (full - inner), full - inner
+    return start, end, gap
+
+
+@triton.jit
+def sees(position, key, window, CAUSAL: tl.constexpr):
+    """Whether queries see keys, where causality or a window bounds them."""
+    if window is None:
+        return key <= position
+    ahead = key - position
+    if CAUSAL:
+        return (ahead <= 0) & (ahead >= -window)
+    return tl.abs(ahead) <= window
+
+
+@triton.jit
 def first_query_from(positions, first_row, queries, offset, position):
-    """The first query that stands at `position` or beyond, for causality; it need not exist."""
+    """The first query that stands at `position` or beyond among the keys; it need not exist."""
     if positions is None:
         query = tl.maximum(position - offset, 0)
     else:

@@ -51,7 +51,9 @@ def new_seed() -> torch.Tensor:
     return empty(1, dtype=torch.int64)
 
 
-def _attention(dtype: torch.dtype, head_dim: int, causal: bool, dropout: bool, packed: bool) -> Callable[[], Any]:
+def _attention(
+    dtype: torch.dtype, head_dim: int, causal: bool, dropout: bool, packed: bool, window: int | None = None
+) -> Callable[[], Any]:
     def call() -> None:
         from fasttune.kernels import attention
 
@@ -61,7 +63,7 @@ def _attention(dtype: torch.dtype, head_dim: int, causal: bool, dropout: bool, p
         offsets = empty(SEQUENCES + 1, dtype=torch.int32) if packed else None
         seed = new_seed() if dropout else None
         dropout_p = 0.1 if dropout else 0.0
-        asked = Call(offsets, seed=seed, causal=causal, scale=head_dim**-0.5, dropout_p=dropout_p)
+        asked = Call(offsets, seed=seed, causal=causal, scale=head_dim**-0.5, dropout_p=dropout_p, window=window)
         out, lse = attention.forward(query, query, query, asked)
         gradients = [torch.empty_like(query) for _ in range(3)]
         attention.backward(out, (query, query, query, out, lse), gradients, asked)
@@ -107,6 +109,20 @@ def attention_cases() -> Iterator[Case]:
             dtype,
             _chosen_queries(dtype, head_dim, dropout),
             {"head_dim": head_dim, "dropout": dropout},
+        )
+    # A window: of ModernBERT's local layers, and of GPT-Neo's, which drop no weights. Its size compiles nothing.
+    for head_dim, causal, dropout, packed, window in (
+        (64, False, False, True, 64),
+        (64, False, True, True, 64),
+        (128, True, False, False, 255),
+    ):
+        parts = (f"d{head_dim}", "causal" if causal else "", "packed" if packed else "", "window")
+        yield Case(
+            "attention",
+            " ".join(filter(None, (*parts, "dropout" if dropout else ""))),
+            torch.bfloat16,
+            _attention(torch.bfloat16, head_dim, causal, dropout, packed, window),
+            {"head_dim": head_dim, "dropout": dropout, "window": window},
         )
     # Masks without the diagonal, and head dimensions that are padded inside, change little: one of each.
     yield Case(

@@ -61,6 +61,14 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
 
         inputs = [random(2, tokens, 3, 64) for _ in range(3)]
         yield case("dropout", partial(dropped, backend), partial(dropped, "torch"), inputs)
+
+        def windowed(backend: str, causal: bool, *x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            return ops.attention(*x, causal=causal, window=70, dropout_p=0.2, backend=backend)
+
+        for causal in (False, True):
+            both = [partial(windowed, which, causal) for which in (backend, "torch")]
+            yield case(f"window causal={causal}", *both, inputs)
         offsets = torch.tensor([0, 20, 20, tokens - 7, tokens], dtype=torch.int32, device=device)
         packed = [random(tokens, 3, 64) for _ in range(3)]
         options = {"causal": True, "cu_seqlens": offsets}
@@ -157,6 +165,14 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
                 yield case(f"{name} V{classes}", *sides, inputs)
     elif operation == "linear_max":
         # Whole numbers: logits are exact in every dtype and mostly tied, so that all agree on the first winner.
+
+        def windowed(backend: str, causal: bool, *x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(3)
+            return ops.attention(*x, causal=causal, window=70, dropout_p=0.2, backend=backend)
+
+        for causal in (False, True):
+            both = [partial(windowed, which, causal) for which in (backend, "torch")]
+            yield case(f"window causal={causal}", *both, inputs)
         offsets = torch.tensor([0, 20, 20, tokens - 7, tokens], dtype=torch.int32, device=device)
         for classes in (1000, 30522) if big else (300,):
             inputs = [

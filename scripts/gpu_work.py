@@ -43,8 +43,8 @@ class Work:
 
 
 def _attention(kernel: str, case: Case) -> Work:
-    """Elements of out, dQ or dK; a causal row has half the keys. The products of a query and a key are shared by the
-    head's elements."""
+    """Elements of out, dQ or dK; a causal row has half the keys, or those of its window before it. The
+    products of a query and a key are shared by the head's elements."""
     size, head_dim = case.dtype.itemsize, case.facts["head_dim"]
     queries = CHOSEN if "chosen" in case.variant else ROWS
     # Tensors with a row for each query and with one for each key, products, operations.
@@ -54,7 +54,10 @@ def _attention(kernel: str, case: Case) -> Work:
         "attention_dkdv_kernel": (2, 4, 4, 7),
     }[kernel]
     rows, others = (ROWS, queries) if kernel == "attention_dkdv_kernel" else (queries, ROWS)
-    pairs = TOKENS * others / ROWS / (2 if "causal" in case.variant else 1)
+    sides = 1 if "causal" in case.variant else 2
+    pairs = TOKENS * others / ROWS * sides / 2
+    if "window" in case.facts:
+        pairs = min(pairs, sides * case.facts["window"] + 1)
     tensors = (of_queries * queries + of_keys * ROWS) / rows
     if case.facts["dropout"]:
         operations += 15 if kernel != "attention_dkdv_kernel" else 26

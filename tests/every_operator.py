@@ -73,6 +73,7 @@ CALLS = {
     "attention, causal, dropout": Call(
         _seeded(lambda *x, **o: ops.attention(*x, causal=True, dropout_p=0.3, **o)), (_HEADS,) * 3
     ),
+    "attention, window": Call(lambda *x, **o: ops.attention(*x, window=1, **o), (_HEADS,) * 3),
     "attention, packed": Call(
         lambda *x, **o: ops.attention(*x, cu_seqlens=CU.to(x[0].device), max_seqlen=3, **o), ((5, 2, 16),) * 3
     ),

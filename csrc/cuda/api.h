@@ -231,7 +231,8 @@ typedef struct {
   const int32_t* positions; /* (queries,) */
   int offsets_are_64_bit;   /* both offsets */
   int causal;               /* query i sees keys j <= i + K - Q, or j <= positions[i] */
-  float scale;              /* of the scores */
+  int window;  /* and those alone that are at most so far from there, below 2 ** 30; -1 for any */
+  float scale; /* of the scores */
   fasttune_dropout_options dropout;
   fasttune_head_rows query, key, value, out;
   float*

@@ -15,6 +15,8 @@
 // Rows in shared memory are padded by 16 bytes, so that the eight rows which one phase of ldmatrix reads, and
 // the rows which neighbouring lanes read, lie in different banks.
 #pragma once
+#include <climits>
+
 #include "cuda/mma.cuh"
 #include "cuda/philox.cuh"
 #include "cuda/vector.cuh"
@@ -109,9 +111,36 @@ inline int64_t blocks_of(const fasttune_attention_args& args, int64_t tiles) {
   return tiles * args.heads * (args.offsets ? 1 : args.sequences);
 }
 
-// How far beyond its position a query sees, where causal.
-__device__ __forceinline__ int causal_offset(const Place& at) {
-  return at.positions ? 0 : at.keys - at.queries;
+// What causality and window let a query see: of its position the keys that are ahead by lower to upper.
+struct Sight {
+  int lower, upper;
+
+  __device__ __forceinline__ bool hides(int position, int key) const {
+    const int ahead = key - position;
+    return ahead > upper || ahead < lower;
+  }
+};
+
+__device__ __forceinline__ Sight sight_of(const fasttune_attention_args& args, const Place& at) {
+  const int offset = at.positions ? 0 : at.keys - at.queries;  // aligned at the last query and the last key
+  return {args.window < 0 ? INT_MIN : offset - args.window, args.causal       ? offset
+                                                            : args.window < 0 ? INT_MAX
+                                                                              : offset + args.window};
+}
+
+// Of `rows` queries: keys before `first` and from `last` on are seen by none, those from `inner` on and
+// before `full` by all.
+struct KeyRange {
+  int first, inner, full, last;
+};
+
+__device__ __forceinline__ KeyRange keys_seen(const Place& at, const Sight& sight, int first_query,
+                                              int rows) {
+  const int64_t keys = at.keys, lowest = at.position(first_query),
+                highest = at.position(min(first_query + rows, at.queries) - 1);
+  const auto within = [&](int64_t key) { return static_cast<int>(key < 0 ? 0 : key < keys ? key : keys); };
+  return {within(lowest + sight.lower), within(highest + sight.lower), within(lowest + sight.upper + 1),
+          within(highest + sight.upper + 1)};
 }
 
 template <class T>

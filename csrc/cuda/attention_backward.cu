@@ -55,15 +55,12 @@ __global__ void __launch_bounds__(P::kThreads)
   const Place at = locate(args, P::kRows, tiles, false);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
-  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows, offset = causal_offset(at);
+  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows;
+  const Sight sight = sight_of(args, at);
+  const KeyRange seen = keys_seen(at, sight, first_query, P::kRows);
+  const int first_step = seen.first / P::kSteps, steps = divide_up(seen.last, P::kSteps);
   const T* k_head = key_rows<T>(args.key, args, at);
   const T* v_head = key_rows<T>(args.value, args, at);
-  int last = keys, full = keys;
-  if (args.causal) {
-    last = min(keys - 1, at.position(min(first_query + P::kRows, queries) - 1) + offset) + 1;
-    full = min(keys - 1, at.position(first_query) + offset) + 1;
-  }
-  const int steps = last > 0 ? divide_up(last, P::kSteps) : 0;
 
   const auto stream = [&](int step) {
     const int stage = step % P::kStages, first = step * P::kSteps;
@@ -77,7 +74,7 @@ __global__ void __launch_bounds__(P::kThreads)
                          head_dim, vectors);
   load_tile<P, P::kRows>(do_tile, query_rows<T>(args.dout, args, at), args.dout.row, first_query, queries,
                          head_dim, vectors);
-  if (steps > 0) stream(0);
+  if (first_step < steps) stream(first_step);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_query = first_query + 16 * warp_index();
   const int position[2] = {at.position(warp_query + g), at.position(warp_query + g + 8)};
@@ -97,7 +94,7 @@ __global__ void __launch_bounds__(P::kThreads)
   DroppedKeys dropped = {};
   if constexpr (kDropout) dropout = dropout_key(args.dropout);
 
-  for (int step = 0; step < steps; ++step) {
+  for (int step = first_step; step < steps; ++step) {
     const int first_key = step * P::kSteps, stage = step % P::kStages;
     if (P::kStages == 2 && step + 1 < steps) {
       stream(step + 1);
@@ -107,14 +104,15 @@ __global__ void __launch_bounds__(P::kThreads)
     }
     __syncthreads();
     if constexpr (kDropout)
-      if (first_key % kDropoutBlock == 0) dropped.draw(dropout, first_key, position, head_number(args, at));
+      if (first_key % kDropoutBlock == 0 || step == first_step)
+        dropped.draw(dropout, first_key, position, head_number(args, at));
 
     float s[P::kSteps / 8][4], dp[P::kSteps / 8][4];
     clear(s);
     clear(dp);
     multiply_transposed<P>(s, q_rows, k_tiles + stage * P::kStreamed, head_dim);
     multiply_transposed<P>(dp, do_rows, v_tiles + stage * P::kStreamed, head_dim);
-    const bool masked = first_key + P::kSteps > keys || first_key + P::kSteps > full;
+    const bool masked = first_key + P::kSteps > seen.full || first_key < seen.inner;
     FASTTUNE_UNROLL
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
@@ -122,7 +120,7 @@ __global__ void __launch_bounds__(P::kThreads)
         float p = exp2f(fmaf(s[j][i], scale, -lse[i / 2]));
         if (masked) {
           const int key = first_key + 8 * j + 2 * t + i % 2;
-          if (key >= keys || (args.causal && key > position[i / 2] + offset)) p = 0.0f;
+          if (key >= keys || sight.hides(position[i / 2], key)) p = 0.0f;
         }
         if constexpr (kDropout) dp[j][i] = dropped(first_key, j, i) ? 0.0f : dp[j][i] * dropout.scale;
         s[j][i] = p * (dp[j][i] - delta[i / 2]);
@@ -132,7 +130,8 @@ __global__ void __launch_bounds__(P::kThreads)
     __syncthreads();  // before the tile is overwritten
     if (P::kStages == 1 && step + 1 < steps) stream(step + 1);
   }
-  if (steps == 0) {  // the copies of q and dO are still under way, and their place is about to be written
+  if (first_step >=
+      steps) {  // the copies of q and dO are still under way, and their place is about to be written
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -144,8 +143,8 @@ __global__ void __launch_bounds__(P::kThreads)
 
 // ---------------------------------------------------------------------------------------------------- dK, dV
 
-// The first query of the sequence whose position is at least `position`.
-__device__ __forceinline__ int first_that_sees(const Place& at, int position) {
+// The first query of the sequence whose position is at least `position`; it need not exist.
+__device__ __forceinline__ int first_query_from(const Place& at, int position) {
   if (!at.positions) return max(0, position);
   int low = 0, high = at.queries;
   while (low < high) {
@@ -179,11 +178,16 @@ __global__ void __launch_bounds__(P::kThreads, 2)
   const Place at = locate(args, P::kRows, tiles, true);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
-  const int first_key = at.tile * P::kRows, offset = causal_offset(at);
+  const int first_key = at.tile * P::kRows;
+  const Sight sight = sight_of(args, at);
   const T* q_head = query_rows<T>(args.query, args, at);
   const T* do_head = query_rows<T>(args.dout, args, at);
-  const int first_step = args.causal ? first_that_sees(at, first_key - offset) / P::kSteps : 0;
-  const int steps = divide_up(queries, P::kSteps);
+  const int first_step =
+      sight.upper == INT_MAX ? 0 : first_query_from(at, first_key - sight.upper) / P::kSteps;
+  const int last_query = sight.lower == INT_MIN
+                             ? queries
+                             : min(queries, first_query_from(at, first_key + P::kRows - sight.lower));
+  const int steps = divide_up(last_query, P::kSteps);
 
   const auto stream = [&](int step) {
     const int stage = step % P::kStages, first = step * P::kSteps;
@@ -243,14 +247,16 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     float p[P::kSteps / 8][4];
     clear(p);
     multiply_transposed<P>(p, k_rows, q_rows, head_dim);
-    const bool masked = args.causal && first_key + P::kRows - 1 > position[0] + offset;  // they rise
+    const int last = min(P::kSteps, queries - first_query) - 1;  // positions rise
+    const bool masked =
+        sight.hides(position[0], first_key + P::kRows - 1) || sight.hides(position[last], first_key);
     FASTTUNE_UNROLL
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * j + 2 * t + i % 2;
         p[j][i] = exp2f(fmaf(p[j][i], scale, -lse[column]));
-        if (masked && warp_key + g + i / 2 * 8 > position[column] + offset) p[j][i] = 0.0f;
+        if (masked && sight.hides(position[column], warp_key + g + i / 2 * 8)) p[j][i] = 0.0f;
       }
     }
     if constexpr (kDropout) {

@@ -6,7 +6,8 @@
 // query that sees no key has l = 0: it gives 0, and lse = inf makes its weights 0 in backward.
 //
 // Bytes: q, out and lse once, k and v once for each block of queries, most of it from L2. Operations: 4 Q K D
-// a head, half of it if causal: tiles above the diagonal are never touched, those below it carry no mask.
+// a head, half of it if causal: tiles above the diagonal and outside a window are never touched, and those
+// that neither crosses carry no mask.
 // Matrix instructions are the bound. Causal blocks run longest first.
 #include "cuda/attention.cuh"
 
@@ -26,16 +27,12 @@ __global__ void __launch_bounds__(P::kThreads)
   const Place at = locate(args, P::kRows, tiles, false);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
-  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows, offset = causal_offset(at);
+  const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows;
+  const Sight sight = sight_of(args, at);
+  const KeyRange seen = keys_seen(at, sight, first_query, P::kRows);
+  const int first_step = seen.first / P::kSteps, steps = divide_up(seen.last, P::kSteps);
   const T* k_head = key_rows<T>(args.key, args, at);
   const T* v_head = key_rows<T>(args.value, args, at);
-  // Keys from `last` on are seen by no query of the block, those before `full` by all.
-  int last = keys, full = keys;
-  if (args.causal) {
-    last = min(keys - 1, at.position(min(first_query + P::kRows, queries) - 1) + offset) + 1;
-    full = min(keys - 1, at.position(first_query) + offset) + 1;
-  }
-  const int steps = last > 0 ? divide_up(last, P::kSteps) : 0;
 
   const auto stream = [&](int step) {
     const int stage = step % P::kStages, first = step * P::kSteps;
@@ -47,7 +44,7 @@ __global__ void __launch_bounds__(P::kThreads)
   };
   load_tile<P, P::kRows>(q_tile, query_rows<T>(args.query, args, at), args.query.row, first_query, queries,
                          head_dim, vectors);
-  if (steps > 0) stream(0);
+  if (first_step < steps) stream(first_step);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_query = first_query + 16 * warp_index();
   const int position[2] = {at.position(warp_query + g), at.position(warp_query + g + 8)};
@@ -59,7 +56,7 @@ __global__ void __launch_bounds__(P::kThreads)
   DroppedKeys dropped = {};
   if constexpr (kDropout) dropout = dropout_key(args.dropout);
 
-  for (int step = 0; step < steps; ++step) {
+  for (int step = first_step; step < steps; ++step) {
     const int first_key = step * P::kSteps, stage = step % P::kStages;
     if (P::kStages == 2 && step + 1 < steps) {
       stream(step + 1);
@@ -69,12 +66,13 @@ __global__ void __launch_bounds__(P::kThreads)
     }
     if (!FASTTUNE_SEEDED(kBugMissingTileSync)) __syncthreads();
     if constexpr (kDropout)
-      if (first_key % kDropoutBlock == 0) dropped.draw(dropout, first_key, position, head_number(args, at));
+      if (first_key % kDropoutBlock == 0 || step == first_step)
+        dropped.draw(dropout, first_key, position, head_number(args, at));
 
     float s[P::kSteps / 8][4];
     clear(s);
     multiply_transposed<P>(s, q_rows, k_tiles + stage * P::kStreamed, head_dim);
-    const bool masked = first_key + P::kSteps > keys || first_key + P::kSteps > full;
+    const bool masked = first_key + P::kSteps > seen.full || first_key < seen.inner;
     FASTTUNE_UNROLL
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
@@ -82,7 +80,7 @@ __global__ void __launch_bounds__(P::kThreads)
         s[j][i] *= scale;
         if (masked) {
           const int key = first_key + 8 * j + 2 * t + i % 2;
-          if (key >= keys || (args.causal && key > position[i / 2] + offset)) s[j][i] = -INFINITY;
+          if (key >= keys || sight.hides(position[i / 2], key)) s[j][i] = -INFINITY;
         }
       }
     }
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(P::kThreads)
     if (t == 0 && query < queries)
       args.lse[at.statistics + query] = sum > 0.0f ? m[row] + log2f(sum) : (sum != sum ? sum : INFINITY);
   }
-  if (steps == 0) {  // the copy of q is still under way, and its place is about to be written
+  if (first_step >= steps) {  // the copy of q is still under way, and its place is about to be written
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();

@@ -338,7 +338,7 @@ void rotary(int dtype, int64_t head_dim, int64_t width, int table_dtype) {
 
 void attention(const char* operation, int dtype, int64_t sequences, int64_t queries, int64_t keys,
                int64_t heads, int64_t head_dim, std::vector<int> offsets, std::vector<int> query_offsets = {},
-               std::vector<int> positions = {}) {
+               std::vector<int> positions = {}, int window = -1) {
   const std::string name = label(operation, dtype, head_dim);
   if (!wanted(name)) return;
   const int64_t width = heads * head_dim;
@@ -366,6 +366,7 @@ void attention(const char* operation, int dtype, int64_t sequences, int64_t quer
   args.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
   args.positions = positions.empty() ? nullptr : positions.data();
   args.causal = 1;
+  args.window = window;
   args.scale = 0.3f;
   args.dropout = dropout_options();
   args.query = rows_of(query, queries);
@@ -421,6 +422,7 @@ int main(int count, char** arguments) {
     attention("attention_packed", dtype, 4, 110, 110, 1, 72, {0, 20, 20, 85, 110});
     attention("attention_chosen", dtype, 4, 6, 110, 1, 24, {0, 20, 20, 85, 110}, {0, 1, 1, 5, 6},
               {19, 0, 30, 31, 64, 3});
+    attention("attention_window", dtype, 1, 150, 150, 1, 24, {}, {}, {}, 9);
   }
   return 0;
 }

@@ -113,7 +113,7 @@ void layer_norm_backward(int dtype, int x_dtype, int weight_dtype, int bias_dtyp
 fasttune_attention_args attention_args(int dtype, const std::array<int64_t, 5>& sizes, const Rows& query,
                                        const Rows& key, const Rows& value, const Rows& out, Address lse,
                                        const Offsets& offsets, bool offsets_are_64_bit, bool causal,
-                                       double scale, Address seed, double dropout_p) {
+                                       int window, double scale, Address seed, double dropout_p) {
   fasttune_attention_args args{};
   args.dtype = dtype;
   args.sequences = sizes[0];
@@ -126,6 +126,7 @@ fasttune_attention_args attention_args(int dtype, const std::array<int64_t, 5>& 
   args.positions = pointer<const int32_t>(offsets[2]);
   args.offsets_are_64_bit = offsets_are_64_bit;
   args.causal = causal;
+  args.window = window;
   args.scale = static_cast<float>(scale);
   args.dropout = dropout_options(seed, 0, dropout_p);
   args.query = head_rows(query);
@@ -341,10 +342,10 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
       "attention_forward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Offsets& offsets, bool offsets_are_64_bit,
-         bool causal, double scale, Address seed, double dropout_p, Address stream) {
+         bool causal, int window, double scale, Address seed, double dropout_p, Address stream) {
         const fasttune_attention_args args =
             attention_args(dtype, sizes, query, key, value, out, lse, offsets, offsets_are_64_bit, causal,
-                           scale, seed, dropout_p);
+                           window, scale, seed, dropout_p);
         check(fasttune_cuda_attention_forward(&args, pointer<void>(stream)));
       },
       without_gil);
@@ -353,9 +354,10 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
          const Rows& dkey, const Rows& dvalue, Address delta, const Offsets& offsets, bool offsets_are_64_bit,
-         bool causal, double scale, Address seed, double dropout_p, Address stream) {
-        fasttune_attention_args args = attention_args(dtype, sizes, query, key, value, out, lse, offsets,
-                                                      offsets_are_64_bit, causal, scale, seed, dropout_p);
+         bool causal, int window, double scale, Address seed, double dropout_p, Address stream) {
+        fasttune_attention_args args =
+            attention_args(dtype, sizes, query, key, value, out, lse, offsets, offsets_are_64_bit, causal,
+                           window, scale, seed, dropout_p);
         args.dout = head_rows(dout);
         args.dquery = head_rows(dquery);
         args.dkey = head_rows(dkey);

@@ -185,6 +185,7 @@ _MODULES: dict[type, str] = {
     activations.QuickGELUActivation: "quick_gelu",
     activations.ReLUSquaredActivation: "relu2",
     nn.ReLU: "relu",
+    activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
 }
 _ELEMENTWISE = (F.tanh, torch.tanh, F.mish, F.sigmoid, torch.sigmoid, F.elu, F.leaky_relu)

@@ -106,7 +106,7 @@ def activation_of(function: Any) -> tuple[str, str | None]:
         _, kind = activation(function)
     except Unknown as unknown:
         return "", str(unknown)
-    return kind, None if kind else f"its activation is {function!r}"
+    return kind, None if kind else f"its activation is {function!r}, which has no fused pass"
 
 
 def gelu_of(function: Any) -> tuple[str, str | None]:
