@@ -6,7 +6,9 @@ rows that the loss reads, the vocabulary projection only for those with a label.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,26 +44,55 @@ def attention_of_rows(lengths: Sequence[int], read: list[list[int]], heads: int,
     return needed
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model. gates: 2 in a gated MLP, whose activation takes two inputs for each value. windows: of the layers
+    that have one. embedding: of the vocabulary, if narrower than the layers."""
+
+    width: int
+    heads: int
+    layers: int
+    inner: int
+    gates: int = 1
+    windows: tuple[int | None, ...] = ()
+    embedding: int = 0
+    fused: bool = False  # query, key and value by one product
+
+    @classmethod
+    def of(cls, config: Any) -> Sizes:
+        width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+        if config.model_type == "gpt2":
+            return cls(width, heads, layers, config.n_inner or 4 * width, fused=True)
+        if config.model_type == "distilbert":
+            return cls(width, heads, layers, config.hidden_dim)
+        if config.model_type == "modernbert":
+            windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+            return cls(width, heads, layers, config.intermediate_size, 2, tuple(windows), fused=True)
+        embedding = config.embedding_size if config.model_type == "albert" else 0
+        return cls(width, heads, layers, config.intermediate_size, embedding=embedding)
+
+
 def needed_products(config: Any, head: str, batch: Batch, *, whole_last_layer: bool = False) -> list[Product]:
     """Of a step that skips what nobody reads; whole_last_layer counts all of its rows, as stock computes them."""
-    read = read_rows(config, head, batch)
+    read, sizes, causal = read_rows(config, head, batch), Sizes.of(config), config.model_type == "gpt2"
     rows, chosen = sum(batch.lengths), sum(len(positions) for positions in read)
-    gpt2 = config.model_type == "gpt2"
-    width = config.n_embd if gpt2 else config.hidden_size
-    heads = config.n_head if gpt2 else config.num_attention_heads
-    layers = config.n_layer if gpt2 else config.num_hidden_layers
-    inner = (config.n_inner or 4 * width) if gpt2 else config.intermediate_size
-    linear = partial(products.linear, conv1d=gpt2)
-    full = layers if whole_last_layer else layers - 1
-    found = [*linear(rows, width, inner, full), *linear(rows, inner, width, full), *linear(rows, width, width, full)]
-    found += linear(rows, width, 3 * width, full) if gpt2 else linear(rows, width, width, 3 * full)
-    found += products.attention(batch.lengths, heads, width // heads, full, causal=gpt2)
+    width, heads, inner, head_dim = sizes.width, sizes.heads, sizes.inner, sizes.width // sizes.heads
+    linear = partial(products.linear, conv1d=causal)
+    full = sizes.layers if whole_last_layer else sizes.layers - 1
+    found = [*linear(rows, width, sizes.gates * inner, full), *linear(rows, inner, width, full)]
+    found += linear(rows, width, width, full)
+    found += linear(rows, width, 3 * width, full) if sizes.fused else linear(rows, width, width, 3 * full)
+    for window, count in Counter((sizes.windows or (None,) * sizes.layers)[:full]).items():
+        found += products.attention(batch.lengths, heads, head_dim, count, causal=causal, window=window)
+    if sizes.embedding:
+        found += linear(rows, sizes.embedding, width)
     if not whole_last_layer:
-        found += linear(rows, width, 2 * width) if gpt2 else linear(rows, width, width, 2)
-        found += [*linear(chosen, width, width, 2), *linear(chosen, width, inner), *linear(chosen, inner, width)]
-        found += attention_of_rows(batch.lengths, read, heads, width // heads, causal=gpt2)
-    if gpt2:
+        found += linear(rows, width, 2 * width) if sizes.fused else linear(rows, width, width, 2)
+        found += [*linear(chosen, width, width, 2), *linear(chosen, width, sizes.gates * inner)]
+        found += linear(chosen, inner, width)
+        found += attention_of_rows(batch.lengths, read, heads, head_dim, causal=causal)
+    if causal:
         return found + products.linear(chosen, width, config.vocab_size)
-    if head == "classification":
-        return found + products.linear(chosen, width, width) + products.linear(chosen, width, LABELS)
-    return found + products.linear(chosen, width, width) + products.linear(chosen, width, config.vocab_size)
+    transform = sizes.embedding if head == "mlm" and sizes.embedding else width
+    found += products.linear(chosen, width, transform)
+    return found + products.linear(chosen, transform, LABELS if head == "classification" else config.vocab_size)

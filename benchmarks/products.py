@@ -70,13 +70,17 @@ def attention(
     count: float = 1.0,
     *,
     causal: bool = False,
+    window: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Product]:
-    """The six products of attention over sequences of these lengths, forward and backward."""
+    """The six products of attention over sequences of these lengths, forward and backward; under a window the share of
+    them that it lets through."""
     needed = []
     for length, sequences in sorted(Counter(lengths).items()):
         batch = sequences * heads
         times = count * (length + 1) / (2 * length) if causal else count
+        if window is not None:
+            times *= sum(min(i, window) + min(length - 1 - i, window) + 1 for i in range(length)) / length**2
         common = {"batch": batch, "dtype": dtype}
         needed += [
             Product(length, head_dim, length, 2 * times, transposed_b=True, **common),  # Q Kᵀ, dO Vᵀ

@@ -16,11 +16,16 @@ from batches import LABELS, Batch
 from needed import needed_products
 from torch import Tensor
 from transformers import (
+    AlbertForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertForSequenceClassification,
+    EsmForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
     PreTrainedModel,
 )
 from workload import COMPILED, OURS, Step, Workload
@@ -31,6 +36,11 @@ MODELS = {
     ("gpt2", "lm"): GPT2LMHeadModel,
     ("bert", "classification"): BertForSequenceClassification,
     ("bert", "mlm"): BertForMaskedLM,
+    ("distilbert", "classification"): DistilBertForSequenceClassification,
+    ("albert", "classification"): AlbertForSequenceClassification,
+    ("modernbert", "classification"): ModernBertForSequenceClassification,
+    ("modernbert", "mlm"): ModernBertForMaskedLM,
+    ("esm", "mlm"): EsmForMaskedLM,
 }
 
 
