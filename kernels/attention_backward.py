@@ -155,13 +155,13 @@ def attention_dq_kernel(
         k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
         first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        start, end, gap = inner, full, None
+        begin, end, gap = inner, full, None
         for MASKED in tl.static_range(2):
             if MASKED:
-                start, end, gap = masked_walk(first, inner, full, last, window)
+                begin, end, gap = masked_walk(first, inner, full, last, window)
             acc = _dq_tiles(
                 *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, seed, position, head, start, keys, offset),
-                *(start, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold, keep_scale),
+                *(begin, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold, keep_scale),
                 *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
             )
         store_rows(head_of(dq, dq_sequence, dq_head), first_row, dq_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
@@ -310,16 +310,16 @@ def attention_dkdv_kernel(
         first = first_query_from(positions, first_row, queries, offset, first_key - ahead) // BLOCK_M * BLOCK_M
         below = first_query_from(positions, first_row, queries, offset, first_key + BLOCK_N - 1 - ahead)
         below = tl.cdiv(below, BLOCK_M) * BLOCK_M
-        start, end, gap = first, tl.minimum(below, queries), None
+        begin, end, gap = first, tl.minimum(below, queries), None
         if window is not None:
             beyond = first_query_from(positions, first_row, queries, offset, first_key + window + 1)
             beyond = tl.minimum(beyond // BLOCK_M, tl.cdiv(queries, BLOCK_M)) * BLOCK_M
             below = tl.minimum(below, beyond)
             last = first_query_from(positions, first_row, queries, offset, first_key + BLOCK_N + window)
-            start, end, gap = masked_walk(first, below, beyond, tl.minimum(last, queries), window)
+            begin, end, gap = masked_walk(first, below, beyond, tl.minimum(last, queries), window)
         dk_tile, dv_tile = _dkdv_tiles(
             *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
-            *(queries, offset, start, end, below, gap, window, q_row, do_row, scale * LOG2E, threshold, keep_scale),
+            *(queries, offset, begin, end, below, gap, window, q_row, do_row, scale * LOG2E, threshold, keep_scale),
             *(True, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
         )
     dk_tile, dv_tile = _dkdv_tiles(

@@ -140,13 +140,13 @@ def attention_forward_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    start, end, gap = inner, full, None
+    begin, end, gap = inner, full, None
     for MASKED in tl.static_range(2):
         if MASKED:
-            start, end, gap = masked_walk(first, inner, full, last, window)
+            begin, end, gap = masked_walk(first, inner, full, last, window)
         acc, total, m = _forward_tiles(
             *(acc, total, m, q_tile, k, v, seed, position, head, start, keys, offset),
-            *(start, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold),
+            *(begin, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold),
             *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
         )
     seen = total > 0.0

@@ -71,18 +71,18 @@ def keys_of_tile(lowest, highest, keys, window, CAUSAL: tl.constexpr, STEP: tl.c
     full = tl.maximum(full, 0) // STEP * STEP
     if window is not None:
         first = tl.minimum(tl.maximum(lowest - window, 0) // STEP * STEP, full)
-        inner = tl.minimum(tl.cdiv(tl.maximum(highest - window, 0), STEP) * STEP, full)
+        inner = tl.cdiv(tl.minimum(tl.maximum(highest - window, 0), full), STEP) * STEP
     return first, inner, full, last
 
 
 @triton.jit
 def masked_walk(first, inner, full, last, window):
-    """(start, end, gap) of one loop over the masked tiles: they lie behind `full` or, with a window, on both sides of
+    """(begin, end, gap) of one loop over the masked tiles: they lie behind `full` or, with a window, on both sides of
     what is between `inner` and `full`, which is the gap from `inner` on."""
-    start, end, gap = full, last, None
+    begin, end, gap = full, last, None
     if window is not None:
-        start, end, gap = first, last - (full - inner), full - inner
-    return start, end, gap
+        begin, end, gap = first, last - (full - inner), full - inner
+    return begin, end, gap
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def gradients(function, inputs, upstream):
 
 # A key alone, a vector, the C++ block of 64 and one off it, all. 150 keys take three blocks of C++, two of Triton's;
 # with fewer keys than queries the first queries see none.
-@pytest.mark.parametrize("dtype", either(DTYPES, [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("dtype", either(DTYPES, [torch.bfloat16]))
 @pytest.mark.parametrize("window", either([0, 1, 5, 63, 64, 65, 1000], [0, 5, 64]))
 @pytest.mark.parametrize("causal", [False, True])
 def test_matches_stock(isa, causal, window, dtype):
@@ -66,7 +66,7 @@ def test_matches_stock(isa, causal, window, dtype):
 # one of 600 two or three; sums over so many rows, one after the other, are three times as far off as stock's, with a
 # window or without.
 # Triton, interpreted: tiles of 64 and 128, steps of 128 keys; 200 leaves tiles in which nothing is hidden.
-@pytest.mark.parametrize("window", either([64, 255, 600], [64, 200]))
+@pytest.mark.parametrize("window", either([64, 255, 600], [200]))
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_sequences_with_dropout(isa, causal, window):
     rows = either(1300, 420)
@@ -114,7 +114,7 @@ def test_packed_is_each_sequence_alone(isa, backend, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_chosen_queries_are_what_they_are_among_all(isa, causal):
     """Their outputs and gradients bit for bit in C++; keys and values sum over other blocks of queries."""
-    lengths = either([9, 700, 0, 90], [9, 200, 0, 90])
+    lengths = either([9, 700, 0, 90], [9, 150, 0, 90])
     positions = [[], list(range(3, lengths[1], 7)), [], [0, 1, 40, 40, 89]]
     cu, cu_q = (torch.tensor([0, *x]).cumsum(0) for x in (lengths, list(map(len, positions))))
     at = torch.tensor([place for places in positions for place in places])
@@ -138,12 +138,11 @@ def test_chosen_queries_are_what_they_are_among_all(isa, causal):
 
 
 @needs_fused
-@pytest.mark.parametrize("chosen", [False, True])
-@pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.0), (True, 0.3)])
+@pytest.mark.parametrize(("causal", "dropout_p", "chosen"), [(False, 0.0, True), (True, 0.3, False)])
 def test_what_lies_outside_is_never_touched(isa, causal, dropout_p, chosen):
     """The first 100 keys, and so the queries near them, are NaN. Blocks of at most 128 carry that to their neighbours,
     not to row 400: forward, by dQ's blocks of keys, and by dK and dV's blocks of queries."""
-    rows, poisoned, clean = either(1300, 500), 100, 400
+    rows, poisoned, clean = either(1300, 448), 100, 400
     query, key, value = (x[0] for x in qkv(1, rows, rows, 1, 64))
     upstream = torch.randn(rows, 1, 64)
     options = {"causal": causal, "window": 5, "dropout_p": dropout_p, "cu_seqlens": torch.tensor([0, rows])}
