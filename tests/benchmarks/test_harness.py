@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import encoder_workloads
 import memory
 import needed
 import op_workloads
@@ -61,6 +62,28 @@ def test_needed_products_are_those_of_a_stock_step(name, batch):
         expected += full - causal
         expected += sum(p.flops for p in products.linear(len(batch.lengths), width, config.vocab_size))
     assert expected == pytest.approx(stock)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        *(("distilbert", "classification"), ("albert", "classification"), ("modernbert", "classification")),
+        *(("modernbert", "mlm"), ("esm", "mlm")),
+    ],
+)
+def test_needed_products_of_encoders_are_those_of_a_stock_step(name, head):
+    config, batch = encoder_workloads._configs(quick=True)[name], Batch.full(3, 9)
+    if name == "modernbert":
+        config.sliding_window = 9  # stock multiplies what a window hides, too
+    found = needed.needed_products(config, head, batch, whole_last_layer=True)
+    stock = _mm_flops(step_workloads._side("stock eager", config, head, batch))
+    assert sum(product.flops for product in found) == pytest.approx(stock)
+
+
+def test_a_window_needs_the_pairs_that_it_lets_through():
+    """Five tokens, each of which sees its neighbours: 13 of 25 pairs."""
+    whole, near = (products.attention((5,), 2, 8, window=window) for window in (None, 1))
+    assert sum(p.flops for p in near) == pytest.approx(sum(p.flops for p in whole) * 13 / 25)
 
 
 def test_padding_and_unlabelled_rows_are_not_needed():
