@@ -127,6 +127,17 @@ def elementwise_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Wo
             [x, bias],
         )
 
+        def gated(a: Tensor) -> Tensor:
+            activated, gate = a.chunk(2, dim=-1)
+            return F.gelu(activated) * gate
+
+        yield (
+            "gated_activation",
+            f"{rows} x {columns}",
+            {**ours("gated_activation"), "eager": gated, "torch.compile": torch.compile(gated)},
+            [x],
+        )
+
 
 def loss_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Work]:
     for rows, classes in ((4096, 50257), (4096, 30522)) if big else ((8, 100),):
