@@ -127,6 +127,17 @@ def elementwise_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Wo
             [x, bias],
         )
 
+        def gated(a: Tensor) -> Tensor:
+            activated, gate = a.chunk(2, dim=-1)
+            return F.gelu(activated) * gate
+
+        yield (
+            "gated_activation",
+            f"{rows} x {columns}",
+            {**ours("gated_activation"), "eager": gated, "torch.compile": torch.compile(gated)},
+            [x],
+        )
+
 
 def rotary_works(device: str, dtype: torch.dtype, big: bool) -> Iterator[Work]:
     """Of the query alone: every side returns one tensor, and a packed projection would have to be put together."""

@@ -127,6 +127,20 @@ def bias_gelu(rows: int, columns: int, *, approximate: str, dtype: torch.dtype, 
     return _pointwise("bias_gelu", shape, ours, peers, inputs, compiled)
 
 
+def gated_activation(
+    rows: int, columns: int, *, activation: str, dtype: torch.dtype, compiled: bool = False
+) -> Workload:
+    torch.manual_seed(0)
+
+    def stock(a: Tensor) -> Tensor:
+        activated, gate = a.chunk(2, dim=-1)
+        return getattr(F, activation)(activated) * gate
+
+    ours = partial(ops.gated_activation, activation=activation)
+    shape, inputs = f"{rows} x 2 x {columns}, {activation}", [torch.randn(rows, 2 * columns).to(dtype)]
+    return _pointwise("gated_activation", shape, ours, {f"chunk, F.{activation}, mul": stock}, inputs, compiled)
+
+
 def layer_norm_gelu(rows: int, columns: int, *, dtype: torch.dtype, compiled: bool = False) -> Workload:
     torch.manual_seed(0)
     inputs = [torch.randn(rows, columns).to(dtype), torch.ones(columns).to(dtype), torch.zeros(columns).to(dtype)]
@@ -345,6 +359,10 @@ def workloads(quick: bool) -> dict[str, Maker]:
         found[f"layer_norm-{name}"] = partial(layer_norm, rows, columns, dtype=dtype)
         found[f"bias_gelu-tanh-{name}"] = partial(bias_gelu, rows, wide, approximate="tanh", dtype=dtype)
         found[f"bias_gelu-erf-{name}"] = partial(bias_gelu, rows, wide, approximate="none", dtype=dtype)
+        for activation in ("gelu", "silu"):  # ModernBERT's width
+            found[f"gated_activation-{activation}-{name}"] = partial(
+                gated_activation, rows, 3 * wide // 8, activation=activation, dtype=dtype
+            )
         found[f"layer_norm_gelu-{name}"] = partial(layer_norm_gelu, rows, columns, dtype=dtype)
         found[f"gelu_layer_norm-{name}"] = partial(gelu_layer_norm, rows, columns, dtype=dtype)
         found[f"dropout-{name}"] = partial(dropout, rows, columns, dtype=dtype)

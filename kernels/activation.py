@@ -8,7 +8,8 @@ Operations: about 15 an element forward, 20 backward with a GELU, fewer with the
 Tiling: 32 rows by 128 columns. Rows of 128 elements are whole sectors in every dtype, and the tall tile makes the bias,
 read once a tile, cost 2 % of the traffic where a tile of four rows would cost 12 %. Backward, a program keeps one block
 of columns and strides over the rows, so that its sums for dbias stay in registers; one small kernel adds the programs'.
-With a gate, whose loads, gradient and sum want as many registers again, its tile has half the rows.
+With a gate, whose loads and gradient want as many registers again, its tile has half the rows, and with sums for the
+biases a quarter: at half, float32 spills.
 """
 
 import torch
@@ -22,7 +23,7 @@ from fasttune.kernels.column_sums import column_sums
 from fasttune.kernels.launch import tile_of
 
 ROWS, COLUMNS = 32, 128
-GATED_ROWS = 16  # backward
+GATED_ROWS = 16  # backward, and half of it with sums for dbias
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -146,7 +147,9 @@ def backward(
     """Fills the gradients that are not None. strides: of the rows of x, of the gate, and of dx and dgate."""
     columns = dout.shape[-1]
     rows = dout.numel() // columns
-    tile, blocks = ROWS if gate is None else GATED_ROWS, triton.cdiv(columns, COLUMNS)
+    tile, blocks = ROWS, triton.cdiv(columns, COLUMNS)
+    if gate is not None:
+        tile = GATED_ROWS if dbias is None else GATED_ROWS // 2
     programs = min(triton.cdiv(rows, tile), triton.cdiv(4 * launch.multiprocessors(x.device), blocks))
     partial = None
     if dbias is not None:

@@ -135,7 +135,8 @@ def kernels(folder: Path, sass: bool = True) -> list[Kernel]:
 
     tool = cuobjdump() if sass else None
     found = []
-    for remarks in sorted(folder.glob("*.ptxas")):
+    sources = {source.stem for source in (ROOT / "csrc" / "cuda").glob("*.cu")}  # an older build may have left others
+    for remarks in sorted(file for file in folder.glob("*.ptxas") if file.name.split(".")[0] in sources):
         counts: dict[tuple[str, str], dict[str, int]] = {}
         for architecture in DISASSEMBLED if tool else ():
             counts.update(_count(str(tool), remarks.with_suffix(""), architecture))

@@ -151,19 +151,18 @@ def _dropout(dtype: torch.dtype) -> Callable[[], Any]:
     return call
 
 
-def _activation(dtype: torch.dtype, name: str, gated: bool) -> Callable[[], Any]:
+def _activation(dtype: torch.dtype, name: str, gated: bool, biased: bool) -> Callable[[], Any]:
     def call() -> None:
         from fasttune.kernels import activation
         from fasttune.ops._activations import ACTIVATIONS, halves
 
         columns = 4 * HIDDEN
         out = empty(ROWS, columns, dtype=dtype)
-        x, bias, dx = empty(ROWS, columns, dtype=dtype), empty(columns, dtype=dtype), empty(ROWS, columns, dtype=dtype)
-        gate, dgate = None, None
-        if gated:  # halves of one tensor, as ModernBERT's: without biases
-            (x, gate), (dx, dgate) = (halves(empty(ROWS, 2 * columns, dtype=dtype), None) for _ in range(2))
-            bias = None
         stride = 2 * columns if gated else columns
+        x, dx = (empty(ROWS, stride, dtype=dtype) for _ in range(2))
+        gate, dgate, bias = None, None, empty(stride, dtype=dtype) if biased else None
+        if gated:  # halves of one tensor, as ModernBERT's
+            (x, gate), (dx, dgate) = halves(x, None), halves(dx, None)
         activation.forward(x, gate, bias, out, (stride, stride if gated else 0), ACTIVATIONS[name])
         activation.backward(
             out, x, gate, bias, dx, dgate, bias, (stride, stride if gated else 0, stride), ACTIVATIONS[name]
@@ -205,12 +204,13 @@ def _layer_norm_gelu(dtype: torch.dtype, before: bool) -> Callable[[], Any]:
 def elementwise_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield Case("dropout", "", dtype, _dropout(dtype), {"dropout": True})
-        yield Case("bias_gelu", "erf", dtype, _activation(dtype, "gelu", False))
-        yield Case("bias_gelu", "tanh", dtype, _activation(dtype, "gelu_tanh", False))
-        yield Case("gated_activation", "gelu", dtype, _activation(dtype, "gelu", True))
+        yield Case("bias_gelu", "erf", dtype, _activation(dtype, "gelu", False, True))
+        yield Case("bias_gelu", "tanh", dtype, _activation(dtype, "gelu_tanh", False, True))
+        yield Case("gated_activation", "gelu", dtype, _activation(dtype, "gelu", True, False))
         if dtype == torch.bfloat16:  # less work than a GELU, in the same kernels
-            yield Case("bias_activation", "silu", dtype, _activation(dtype, "silu", False))
-            yield Case("gated_activation", "relu2", dtype, _activation(dtype, "relu2", True))
+            yield Case("bias_activation", "silu", dtype, _activation(dtype, "silu", False, True))
+            yield Case("gated_activation", "relu2", dtype, _activation(dtype, "relu2", True, False))
+        yield Case("gated_activation", "gelu bias", dtype, _activation(dtype, "gelu", True, True))
         yield Case("layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, False))
         yield Case("layer_norm", "C1600", dtype, _layer_norm(dtype, 1600, False))
         yield Case("dropout_add_layer_norm", "", dtype, _layer_norm(dtype, HIDDEN, True), {"dropout": True})
