@@ -63,9 +63,7 @@ def rotary_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
     column = tl.arange(0, COLUMNS)[None, None, :]
     exists = row < rows
-    id = row % table_rows
-    if row_ids is not None:
-        id = tl.load(row_ids + row, mask=exists, other=0)
+    id = tl.load(row_ids + row, mask=exists, other=0) if row_ids is not None else row % table_rows
     known = (id >= 0) & (id < table_rows)
     place = id * W
     cos_low = _table(cos, place, known, column, HALF)

@@ -17,7 +17,7 @@ def on(backend, tables, **options):
 
 
 def check(rows, heads, head_dim, width, dtype, table_dtype=torch.float32):
-    """Tables of float64 where x is: assert_same_math runs the composition on both."""
+    """Against the composition, with chosen rows and a value that is copied."""
     tables, ids = make_tables(rows + 2, width, table_dtype), torch.randint(rows + 2, (rows,))
     x = torch.randn(rows, 3, heads, head_dim).to(dtype)
     stock = lambda x: composed(x, *(table.to(x.dtype)[ids][:, None, None] for table in tables))  # noqa: E731

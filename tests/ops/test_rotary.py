@@ -251,6 +251,15 @@ def test_an_id_out_of_range():
             assert result.isnan().all(1).tolist() == [[False] * 6, [True] * 4 + [False] * 2, [False] * 6]
 
 
+def test_tables_without_a_row():
+    tables, x, ids = make_tables(0, 4), torch.randn(3, 2, 6), torch.arange(3)
+    if INTERPRETED:
+        assert ops.rotary(x, *tables, row_ids=ids).isnan()[..., :4].all()
+    else:
+        with pytest.raises(IndexError, match="row_ids at position 0 is 0; expected none, as there is nothing"):
+            ops.rotary(x, *tables, row_ids=ids)
+
+
 BAD = [
     (lambda x, t: ops.rotary(x.long(), *t), TypeError, "x is int64"),
     (lambda x, t: ops.rotary(x[0, 0], *t), ValueError, r"x is float32 of shape \(8,\).*expected \(T, H, D\)"),
