@@ -14,6 +14,7 @@ from transformers import (
     EsmConfig,
     GPT2Config,
     ModernBertConfig,
+    ModernBertDecoderConfig,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -32,6 +33,30 @@ _BERT_LIKE = {
     "pad_token_id": PAD,
     "num_labels": 3,
 }
+
+
+def _modernbert(p):
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 48,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "cls_token_id": 2,
+        "sep_token_id": 3,
+        "local_attention": 8,  # 4 to each side, in the second layer and the third; of a decoder 3 to the left
+        "pad_token_id": PAD,
+        "num_labels": 3,
+        "embedding_dropout": p,
+        "attention_dropout": p,
+        "mlp_dropout": p,
+        "classifier_dropout": p,
+    }
+
+
 _CONFIGS = {
     "Bert": lambda p: BertConfig(**_BERT_LIKE, hidden_dropout_prob=p, attention_probs_dropout_prob=p),
     "Roberta": lambda p: RobertaConfig(**_BERT_LIKE, hidden_dropout_prob=p, attention_probs_dropout_prob=p),
@@ -49,25 +74,8 @@ _CONFIGS = {
         attention_probs_dropout_prob=p,
         classifier_dropout_prob=p,
     ),
-    "ModernBert": lambda p: ModernBertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=48,
-        bos_token_id=2,
-        eos_token_id=3,
-        cls_token_id=2,
-        sep_token_id=3,
-        local_attention=8,  # 4 to each side, in the second layer and the third
-        pad_token_id=PAD,
-        num_labels=3,
-        embedding_dropout=p,
-        attention_dropout=p,
-        mlp_dropout=p,
-        classifier_dropout=p,
-    ),
+    "ModernBertDecoder": lambda p: ModernBertDecoderConfig(**_modernbert(p)),
+    "ModernBert": lambda p: ModernBertConfig(**_modernbert(p)),
     "Esm": lambda p: EsmConfig(
         **_BERT_LIKE,
         position_embedding_type="rotary",
@@ -181,6 +189,7 @@ ENCODERS += [
     )
 ]
 ENCODERS += ["EsmModel", "EsmForMaskedLM", "EsmForSequenceClassification", "EsmForTokenClassification"]
+ENCODERS += [f"ModernBertDecoder{head}" for head in ("Model", "ForCausalLM", "ForSequenceClassification")]
 HEADS = [*GPT2_HEADS, *BERT_HEADS, *RELATIVES, *ENCODERS]
 
 
@@ -190,7 +199,7 @@ def family_of(head):
 
 def config_of(head, dropout=0.0, **changes):
     config = _CONFIGS[family_of(head)](dropout)
-    if "ForCausalLM" in head or head == "BertLMHeadModel":
+    if ("ForCausalLM" in head and "Decoder" not in head) or head == "BertLMHeadModel":
         config.is_decoder = True
     if "QuestionAnswering" in head or head == "AlbertForPreTraining":
         config.num_labels = 2

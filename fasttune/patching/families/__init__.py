@@ -19,6 +19,7 @@ FAMILIES = {
     "transformers.models.distilbert.modeling_distilbert": "distilbert",
     "transformers.models.albert.modeling_albert": "albert",
     "transformers.models.modernbert.modeling_modernbert": "modernbert",
+    "transformers.models.modernbert_decoder.modeling_modernbert_decoder": "modernbert_decoder",
     "transformers.models.esm.modeling_esm": "esm",
 }
 

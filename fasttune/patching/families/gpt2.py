@@ -4,7 +4,6 @@ work of its attention and MLP itself."""
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +22,10 @@ from fasttune.patching.layers.attention import (
     into_cache,
     layout_for_attention,
 )
+from fasttune.patching.layers.caching import fill
 from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.entry import ordinary
 from fasttune.patching.layers.frozen import Linear, Unknown, activation, linear
-from fasttune.patching.layers.layer_rows import LayerRows
 from fasttune.patching.layers.leaves import (
     Embedding,
     why_no_layer_norm,
@@ -37,7 +36,6 @@ from fasttune.patching.layers.projections import Fused
 from fasttune.patching.layers.promised import PromisedLayer
 from fasttune.patching.layers.tied import lookup_view
 from fasttune.patching.premises.known import why_replaced, why_unknown, why_watched
-from fasttune.patching.promises.later import Later
 from fasttune.patching.promises.tensor import PromisedRows
 
 
@@ -88,8 +86,8 @@ class GPT2Block(PromisedLayer, stock.GPT2Block):
             others["past_key_values"] = past_key_values
         promised, attention_mask = self.promised(hidden_states, attention_mask, others)
         if promised is not None:
-            if fresh and past_key_values is not None:
-                _fill(past_key_values, self.attn.layer_idx, promised)  # type: ignore[arg-type]
+            if past_key_values is not None:
+                fill(past_key_values, self.attn.layer_idx, promised, *self.heads(self.attn))
             return promised
         hidden_states, attention_mask, encoder_attention_mask = ordinary(
             hidden_states, attention_mask, encoder_attention_mask
@@ -107,28 +105,6 @@ class GPT2Block(PromisedLayer, stock.GPT2Block):
             **kwargs,
         )
         return out
-
-
-@dataclass(eq=False)
-class _Cached:
-    """Keys (part 0) or values (part 1) of every token (B, H, S, D), for a cache: computed when somebody looks."""
-
-    source: LayerRows
-    part: int
-
-    def __call__(self) -> Tensor:
-        source = self.source
-        keys_and_values = source.keys_and_values_of_all()
-        return keys_and_values[self.part].unflatten(0, source.layout.shape).transpose(1, 2)
-
-
-def _fill(cache: Any, layer_idx: int, promised: PromisedRows) -> None:
-    """Hands the cache what stock would have put into it."""
-    source: Any = promised.state.source
-    of = source.layer.projection
-    shape = (source.layout.shape[0], of.heads, source.layout.shape[1], of.head_dim)
-    key, value = (Later.of(_Cached(source, part), shape, source.dtype, source.device) for part in (0, 1))
-    into_cache(cache, key, value, layer_idx)
 
 
 class GPT2Model(Patched, stock.GPT2Model):
