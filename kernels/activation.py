@@ -119,11 +119,16 @@ def activation_backward_kernel(
 
 
 def forward(
-    x: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor, strides: tuple[int, int], activation: int
+    x: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: int,
+    columns: int,
+    strides: tuple[int, int],
+    activation: int,
 ) -> None:
     """out = act(x + bias), or with a gate act(x + its bias) (gate + its bias). strides: of the rows of x and gate."""
-    columns = out.shape[-1]
-    rows = out.numel() // columns
     activation_forward_kernel[(triton.cdiv(columns, COLUMNS) * triton.cdiv(rows, ROWS),)](
         *(x, gate, bias, out, rows, columns, *strides),
         KIND=activation,
@@ -141,12 +146,12 @@ def backward(
     dx: Tensor | None,
     dgate: Tensor | None,
     dbias: Tensor | None,
+    rows: int,
+    columns: int,
     strides: tuple[int, int, int],
     activation: int,
 ) -> None:
     """Fills the gradients that are not None. strides: of the rows of x, of the gate, and of dx and dgate."""
-    columns = dout.shape[-1]
-    rows = dout.numel() // columns
     tile, blocks = ROWS, triton.cdiv(columns, COLUMNS)
     if gate is not None:
         tile = GATED_ROWS if dbias is None else GATED_ROWS // 2

@@ -163,10 +163,9 @@ def _activation(dtype: torch.dtype, name: str, gated: bool, biased: bool) -> Cal
         gate, dgate, bias = None, None, empty(stride, dtype=dtype) if biased else None
         if gated:  # halves of one tensor, as ModernBERT's
             (x, gate), (dx, dgate) = halves(x, None), halves(dx, None)
-        activation.forward(x, gate, bias, out, (stride, stride if gated else 0), ACTIVATIONS[name])
-        activation.backward(
-            out, x, gate, bias, dx, dgate, bias, (stride, stride if gated else 0, stride), ACTIVATIONS[name]
-        )
+        sizes, strides = (ROWS, columns), (stride, stride if gated else 0)
+        activation.forward(x, gate, bias, out, *sizes, strides, ACTIVATIONS[name])
+        activation.backward(out, x, gate, bias, dx, dgate, bias, *sizes, (*strides, stride), ACTIVATIONS[name])
 
     return call
 

@@ -8,7 +8,14 @@ from fasttune.ops import _cpp
 
 
 def forward(
-    x: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor, strides: tuple[int, int], activation: int
+    x: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: int,
+    columns: int,
+    strides: tuple[int, int],
+    activation: int,
 ) -> None:
     """out = act(x + bias), or with a gate act(x + its bias) (gate + its bias). strides: of the rows of x and gate."""
     _cpp.library.activation(
@@ -19,8 +26,8 @@ def forward(
         _cpp.address(gate),
         _cpp.address(bias),
         out.data_ptr(),
-        out.numel() // out.shape[-1],
-        out.shape[-1],
+        rows,
+        columns,
         *strides,
     )
 
@@ -33,6 +40,8 @@ def backward(
     dx: Tensor | None,
     dgate: Tensor | None,
     dbias: Tensor | None,
+    rows: int,
+    columns: int,
     strides: tuple[int, int, int],
     activation: int,
 ) -> None:
@@ -48,7 +57,7 @@ def backward(
         _cpp.address(dx),
         _cpp.address(dgate),
         _cpp.address(dbias),
-        dout.numel() // dout.shape[-1],
-        dout.shape[-1],
+        rows,
+        columns,
         *strides,
     )

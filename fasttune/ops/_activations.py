@@ -25,12 +25,14 @@ def run_forward(
     backend: str, x: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor, activation: int
 ) -> None:
     """out = act(x + bias), or with a gate act(x + its bias) (gate + its bias)."""
-    if not out.numel():
+    elements = out.numel()
+    if not elements:
         return
-    x, x_stride = _strided_rows(x)
-    gate, gate_stride = (None, 0) if gate is None else _strided_rows(gate)
+    columns = out.shape[-1]
+    x, x_stride = _strided_rows(x, columns)
+    gate, gate_stride = (None, 0) if gate is None else _strided_rows(gate, columns)
     bias = None if bias is None else bias.contiguous()
-    LAUNCHERS[backend][0](x, gate, bias, out, (x_stride, gate_stride), activation)
+    LAUNCHERS[backend][0](x, gate, bias, out, elements // columns, columns, (x_stride, gate_stride), activation)
 
 
 def run_backward(
@@ -46,24 +48,26 @@ def run_backward(
     activation: int,
 ) -> None:
     """Fills the gradients that are not None; rows of dx and dgate begin `gradient_stride` elements apart."""
-    if not dout.numel():
+    elements = dout.numel()
+    if not elements:
         if dbias is not None:
             dbias.zero_()
         return
-    x, x_stride = _strided_rows(x)
-    gate, gate_stride = (None, 0) if gate is None else _strided_rows(gate)
+    columns = dout.shape[-1]
+    x, x_stride = _strided_rows(x, columns)
+    gate, gate_stride = (None, 0) if gate is None else _strided_rows(gate, columns)
     bias = None if bias is None else bias.contiguous()
-    strides = (x_stride, gate_stride, gradient_stride)
-    LAUNCHERS[backend][1](dout.contiguous(), x, gate, bias, dx, dgate, dbias, strides, activation)
+    sizes, strides = (elements // columns, columns), (x_stride, gate_stride, gradient_stride)
+    LAUNCHERS[backend][1](dout.contiguous(), x, gate, bias, dx, dgate, dbias, *sizes, strides, activation)
 
 
-def _strided_rows(x: Tensor) -> tuple[Tensor, int]:
+def _strided_rows(x: Tensor, columns: int) -> tuple[Tensor, int]:
     """x (..., columns) with rows evenly spaced and each in one piece, and how many elements apart they begin: x, a view
     of it, or a copy where no view is like that."""
     if x.is_contiguous():
-        return x, x.shape[-1]
-    rows = x.reshape(-1, x.shape[-1])
-    if x.shape[-1] > 1 and rows.stride(1) != 1:
+        return x, columns
+    rows = x.reshape(-1, columns)
+    if columns > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
 

@@ -67,7 +67,7 @@ def _operators(name: str, option: str, number: Callable[[Any], int]) -> Operator
 
 
 def _fake(x: Tensor, bias: Tensor | None, activation: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_backward(

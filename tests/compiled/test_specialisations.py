@@ -62,16 +62,16 @@ def norms(batch, tokens):
 
 def elementwise(batch, tokens):
     x, bias = empty(batch, tokens, 3072, dtype=DTYPE), empty(3072, dtype=DTYPE)
-    activation.forward(x, None, bias, x, (3072, 0), 2)
-    activation.backward(x, x, None, bias, x, None, bias, (3072, 0, 3072), 2)
+    activation.forward(x, None, bias, x, batch * tokens, 3072, (3072, 0), 2)
+    activation.backward(x, x, None, bias, x, None, bias, batch * tokens, 3072, (3072, 0, 3072), 2)
     dropout.dropout(x, x, None, new_seed(), 0.1)
 
 
 def gates(batch, tokens):
     out = empty(batch, tokens, 3072, dtype=DTYPE)
     a, gate = empty(batch, tokens, 6144, dtype=DTYPE).chunk(2, -1)
-    activation.forward(a, gate, None, out, (6144, 6144), 1)
-    activation.backward(out, a, gate, None, a, gate, None, (6144, 6144, 6144), 1)
+    activation.forward(a, gate, None, out, batch * tokens, 3072, (6144, 6144), 1)
+    activation.backward(out, a, gate, None, a, gate, None, batch * tokens, 3072, (6144,) * 3, 1)
 
 
 def losses(batch, tokens):

@@ -10,7 +10,14 @@ from fasttune.ops._cpp import DTYPE_CODES, address, dtype_code
 
 
 def forward(
-    x: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor, strides: tuple[int, int], activation: int
+    x: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: int,
+    columns: int,
+    strides: tuple[int, int],
+    activation: int,
 ) -> None:
     """out = act(x + bias), or with a gate act(x + its bias) (gate + its bias). strides: of the rows of x and gate."""
     _cuda.call(
@@ -23,8 +30,8 @@ def forward(
         address(gate),
         address(bias),
         out.data_ptr(),
-        out.numel() // out.shape[-1],
-        out.shape[-1],
+        rows,
+        columns,
         *strides,
     )
 
@@ -37,12 +44,12 @@ def backward(
     dx: Tensor | None,
     dgate: Tensor | None,
     dbias: Tensor | None,
+    rows: int,
+    columns: int,
     strides: tuple[int, int, int],
     activation: int,
 ) -> None:
     """Fills the gradients that are not None. strides: of the rows of x, of the gate, and of dx and dgate."""
-    columns = dout.shape[-1]
-    rows = dout.numel() // columns
     partials = _cuda.library.activation_partials(rows, columns, _cuda.multiprocessors(x.device))
     biases = 0 if dbias is None else dbias.shape[0]
     partial = torch.empty((partials, biases), dtype=torch.float32, device=x.device)
