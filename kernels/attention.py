@@ -101,13 +101,14 @@ TILES = {
 CHOSEN_TILES = {
     ("sm80", 128, "dkdv"): Tiles(32, 64, 8, 2),
 }
-# A window is narrow, so of a small tile more is in it. sm100 takes sm80's.
+# A window is narrow, so of a small tile more is in it. The rest of sm100 takes sm80's.
 WINDOW_TILES = {
     ("sm80", 64, "forward"): Tiles(64, 64, 4, 2),
     ("sm80", 128, "dkdv"): Tiles(32, 64, 4, 1),
     ("sm90", 64, "forward"): Tiles(64, 64, 4, 2),
     ("sm90", 128, "forward"): Tiles(64, 64, 8, 1),
     ("sm90", 128, "dkdv"): Tiles(32, 64, 4, 1),
+    ("sm100", 64, "forward"): Tiles(64, 64, 8, 2),
     ("gfx942", 64, "forward"): Tiles(64, 64, 4, 2),
     ("gfx942", 64, "dkdv"): Tiles(32, 64, 4, 1),
     ("gfx942", 128, "forward"): Tiles(64, 64, 8, 1),
@@ -141,9 +142,10 @@ def tiles(
         return FLOAT32_TILES[max(64, block_d), kernel]
     width, dropout = max(64, block_d), dropout or chosen or windowed
     known = target if (target, 64, kernel, dropout) in TILES else ("gfx942" if target.startswith("gfx") else "sm80")
-    for table, asked in ((WINDOW_TILES, windowed), (CHOSEN_TILES, chosen)):
-        if asked and (known, width, kernel) in table:
-            return table[known, width, kernel]
+    special = (CHOSEN_TILES if chosen else {}) | (WINDOW_TILES if windowed else {})
+    for name in (target, known):
+        if (name, width, kernel) in special:
+            return special[name, width, kernel]
     return TILES[known, width, kernel, dropout]
 
 

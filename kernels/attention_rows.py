@@ -89,11 +89,12 @@ def masked_walk(first, inner, full, last, window):
 def sees(position, key, window, CAUSAL: tl.constexpr):
     """Whether queries see keys, where causality or a window bounds them."""
     if window is None:
-        return key <= position
-    ahead = key - position
-    if CAUSAL:
-        return (ahead <= 0) & (ahead >= -window)
-    return tl.abs(ahead) <= window
+        visible = key <= position
+    elif CAUSAL:
+        visible = (key <= position) & (key >= position - window)
+    else:
+        visible = tl.abs(key - position) <= window
+    return visible
 
 
 @triton.jit

@@ -397,18 +397,19 @@ def test_reference_against_stock(name):
 
 # Kernels whose grid or loop only a device with many multiprocessors, or thousands of rows, would take past one tile.
 @triton_only
-@pytest.mark.parametrize("block_n", [32, 64])
-def test_a_step_of_dropout_takes_several_tiles_of_keys(monkeypatch, block_n):
-    """As on GPUs in 16 bits: one counter serves 128 keys, the interpreter's own forward tile has them all."""
+@pytest.mark.parametrize(("block_n", "window"), [(32, None), (64, None), (32, 300)])
+def test_a_step_of_dropout_takes_several_tiles_of_keys(monkeypatch, block_n, window):
+    """As on GPUs in 16 bits: one counter serves 128 keys, the interpreter's own forward tile has them all. A
+    window of 300 leaves tiles on both sides of those that it does not cross."""
     from fasttune.kernels import attention as kernel
 
     tiles = dict.fromkeys(kernel.INTERPRETED_TILES, kernel.Tiles(32, block_n, 1, 1))
     monkeypatch.setattr(kernel, "INTERPRETED_TILES", tiles)
-    inputs = [torch.randn(1, rows, 2, 16).bfloat16() for rows in (40, 2 * 128 + 5, 2 * 128 + 5)]
+    inputs = [torch.randn(1, rows, 2, 16).bfloat16() for rows in (40, 3 * 128 + 5, 3 * 128 + 5)]
 
     def function(backend, *tensors):
         torch.manual_seed(3)
-        return ops.attention(*tensors, causal=True, dropout_p=0.2, backend=backend)
+        return ops.attention(*tensors, causal=True, window=window, dropout_p=0.2, backend=backend)
 
     names = ["query", "key", "value"]
     assert_same_math(partial(function, FUSED), partial(function, "torch"), inputs, names, SWEEP_SLACK)
