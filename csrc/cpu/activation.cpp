@@ -19,15 +19,15 @@
 #include "cpu/simd/gelu.inc"
 #include "cpu/simd/activation.inc"
 
-template <class T, Activation kKind>
+template <class T, Activation kKind, bool kGated>
 void activation_rows(const ActivationArgs& args, const float* bias, int64_t begin, int64_t end) {
   const int64_t columns = args.columns;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
-    const T* gate = args.gate ? static_cast<const T*>(args.gate) + row * args.gate_stride : nullptr;
+    const T* gate = kGated ? static_cast<const T*>(args.gate) + row * args.gate_stride : nullptr;
     T* out = static_cast<T*>(args.out) + row * columns;
     for_each_vector(0, columns, [=](int64_t i, auto lanes) FT_BODY {
-      const F m = gate ? load(gate + i, lanes) + load(bias + columns + i, lanes) : set1(1.0f);
+      const F m = kGated ? load(gate + i, lanes) + load(bias + columns + i, lanes) : set1(1.0f);
       store(out + i, activate<kKind>(load(x + i, lanes) + load(bias + i, lanes), m), lanes);
     });
   }
@@ -86,7 +86,9 @@ void activation(const ActivationArgs& args) {
   parallel_tasks(blocks.count, [&](int64_t block) FT_LAMBDA {
     const int64_t begin = blocks.begin(block), end = blocks.end(block);
     with_activation(args.activation, [&](auto kind) FT_LAMBDA {
-      FASTTUNE_WITH_DTYPE(args.dtype, T, (activation_rows<T, kind()>(args, bias, begin, end)));
+      FASTTUNE_WITH_DTYPE(args.dtype, T,
+                          (args.gate ? activation_rows<T, kind(), true>(args, bias, begin, end)
+                                     : activation_rows<T, kind(), false>(args, bias, begin, end)));
     });
   });
 }
