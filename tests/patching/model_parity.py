@@ -22,11 +22,16 @@ FLOOR_ULPS = 4.0
 def check_parity(head, dtype, batch, *, device="cpu", options=None, **changes):
     """Raises AssertionError with the tensors beyond the bound. batch: of models.batch_of; options: of fasttune.patch;
     changes: of the config."""
+    check_models(lambda seed: build(head, seed=seed, **changes), dtype, batch, device=device, options=options)
+
+
+def check_models(make, dtype, batch, *, device="cpu", options=None):
+    """The same of the models make(seed); returns the last of them, patched."""
     errors = {}  # name -> [(ours, stock, floor)]
     for seed in range(SEEDS[-1]):
         if seed in SEEDS and not beyond_the_bound(errors):
-            return
-        model = build(head, seed=seed, **changes).to(device, dtype)
+            break
+        model = make(seed).to(device, dtype)
         inputs = {name: value.to(device) for name, value in batch_of(model, seed=seed + 1, **batch).items()}
         other = copy_in(model, dtype)
         other.set_attn_implementation("sdpa" if model.config._attn_implementation == "eager" else "eager")
@@ -36,10 +41,11 @@ def check_parity(head, dtype, batch, *, device="cpu", options=None, **changes):
         assert ours.keys() == stock.keys()
         if torch.isnan(exact["loss"]):  # no label at all
             assert torch.isnan(ours["loss"])
-            return
+            return model
         note_errors(errors, ours, (stock, again), exact)
     found = beyond_the_bound(errors)
     assert not found, "\n".join(found)
+    return model
 
 
 def settle(draw):

@@ -210,8 +210,13 @@ def config_of(head, dropout=0.0, **changes):
 
 def build(head, dropout=0.0, seed=0, **changes):
     """A model in training mode whose parameters are all away from their special values (0 and 1)."""
+    return drawn(lambda: getattr(transformers, head)(config_of(head, dropout, **changes)), seed)
+
+
+def drawn(make, seed=0):
+    """The same of any model; make: makes it."""
     torch.manual_seed(seed)
-    model = getattr(transformers, head)(config_of(head, dropout, **changes)).train()
+    model = make().train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -241,7 +246,8 @@ def batch_of(model, batch=3, length=13, padding=None, seed=1):
             else:
                 mask[row, : length - cut] = 0
     if padding:
-        ids[mask == 0] = PAD
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        ids[mask == 0] = PAD if pad is None else pad
         inputs["attention_mask"] = mask
     names = inspect.signature(type(model).forward).parameters
     if head.endswith(("LM", "LMHeadModel", "ForPreTraining", "DoubleHeadsModel")):
