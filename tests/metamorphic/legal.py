@@ -26,9 +26,12 @@ RULES = {
     "eager attention adds its mask, which True and False are not meant for": lambda case: (
         case.padding is booleans and case.attention == "eager"
     ),
-    "choices are flattened, a mask (B, 1, S, S) is not, nor GPT-2's positions": lambda case: (
+    "choices are flattened, a mask (B, 1, S, S) is not, nor GPT-2's and DistilBERT's positions": lambda case: (
         (case.padding in SQUARE and ("MultipleChoice" in case.head or "DoubleHeads" in case.head))
-        or (case.padding is left_with_positions and "DoubleHeads" in case.head)
+        or (
+            case.padding is left_with_positions
+            and ("DoubleHeads" in case.head or case.head == "DistilBertForMultipleChoice")
+        )
     ),
     "ELECTRA's discriminator picks the rows of its loss by the mask": lambda case: (
         case.padding in SQUARE and case.head == "ElectraForPreTraining"

@@ -47,6 +47,6 @@ def test_a_pickled_patched_model_loads_in_a_fresh_process(tmp_path):
     torch.save((model, inputs, loss_of(model, inputs).item()), tmp_path / "model.pt")
     done = run(
         f"import torch; model, inputs, loss = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
-        "assert model(**inputs).loss.item() == loss"
+        "assert abs(model(**inputs).loss.item() - loss) < 1e-5"
     )
     assert done.returncode == 0, done.stderr

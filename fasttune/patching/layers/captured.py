@@ -64,8 +64,9 @@ class Captured:
         if isinstance(of_attention, nn.Module):
             of_attention = known(of_attention, nn.Dropout).p
         # As stock, which reads the probability and its own mode: the module itself is not called.
-        self.dropouts: tuple[float, ...] = (float(of_attention) if attend.training else 0.0,)
-        self.dropouts += tuple(_probability(of) for of in (parts.out_dropout, parts.gate_dropout, parts.down_dropout))
+        of_attention = float(of_attention) if attend.training else 0.0
+        others = (_probability(of) for of in (parts.out_dropout, parts.gate_dropout, parts.down_dropout))
+        self.dropouts = (of_attention, *others)
         captured = [part for part in (self.norm1, self.norm2, self.out, self.up, self.down) if part is not None]
         self.weights = tuple(weight for part in (self.projection, *captured) for weight in part.weights)
 
