@@ -111,21 +111,21 @@ inline int64_t blocks_of(const fasttune_attention_args& args, int64_t tiles) {
   return tiles * args.heads * (args.offsets ? 1 : args.sequences);
 }
 
-// What causality and window let a query see: of its position the keys that are ahead by lower to upper.
-struct Sight {
-  int lower, upper;
+// Where a query stands among the keys, for causality and window, is its position and this.
+__device__ __forceinline__ int place_offset(const Place& at) {
+  return at.positions ? 0 : at.keys - at.queries;
+}
 
-  __device__ __forceinline__ bool hides(int position, int key) const {
-    const int ahead = key - position;
-    return ahead > upper || ahead < lower;
-  }
-};
-
-__device__ __forceinline__ Sight sight_of(const fasttune_attention_args& args, const Place& at) {
-  const int offset = at.positions ? 0 : at.keys - at.queries;  // aligned at the last query and the last key
-  return {args.window < 0 ? INT_MIN : offset - args.window, args.causal       ? offset
-                                                            : args.window < 0 ? INT_MAX
-                                                                              : offset + args.window};
+// Of its place a query sees the keys that are ahead by lower to upper. From the arguments, which cost no
+// register.
+__device__ __forceinline__ int sight_lower(const fasttune_attention_args& args) {
+  return args.window < 0 ? INT_MIN : -args.window;
+}
+__device__ __forceinline__ int sight_upper(const fasttune_attention_args& args) {
+  return args.causal ? 0 : args.window < 0 ? INT_MAX : args.window;
+}
+__device__ __forceinline__ bool hidden(const fasttune_attention_args& args, int place, int key) {
+  return key - place > sight_upper(args) || key - place < sight_lower(args);
 }
 
 // Of `rows` queries: keys before `first` and from `last` on are seen by none, those from `inner` on and
@@ -134,13 +134,21 @@ struct KeyRange {
   int first, inner, full, last;
 };
 
-__device__ __forceinline__ KeyRange keys_seen(const Place& at, const Sight& sight, int first_query,
-                                              int rows) {
-  const int64_t keys = at.keys, lowest = at.position(first_query),
-                highest = at.position(min(first_query + rows, at.queries) - 1);
-  const auto within = [&](int64_t key) { return static_cast<int>(key < 0 ? 0 : key < keys ? key : keys); };
-  return {within(lowest + sight.lower), within(highest + sight.lower), within(lowest + sight.upper + 1),
-          within(highest + sight.upper + 1)};
+__device__ __forceinline__ KeyRange keys_seen(const fasttune_attention_args& args, const Place& at,
+                                              int first_query, int rows) {
+  const int lowest = at.position(first_query) + place_offset(at),
+            highest = at.position(min(first_query + rows, at.queries) - 1) + place_offset(at);
+  KeyRange seen = {0, 0, at.keys, at.keys};
+  if (args.window >= 0) {
+    seen.first = min(at.keys, max(0, lowest - args.window));
+    seen.inner = max(0, highest - args.window);
+  }
+  if (args.causal || args.window >= 0) {  // subtracted before it is added: the sum may have more than 32 bits
+    const int ahead = sight_upper(args);
+    seen.full = max(0, min(at.keys - 1 - ahead, lowest) + ahead + 1);
+    seen.last = max(0, min(at.keys - 1 - ahead, highest) + ahead + 1);
+  }
+  return seen;
 }
 
 template <class T>

@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(kDeltaWarps* kWarp)
 
 // -------------------------------------------------------------------------------------------------------- dQ
 
+// float32: two blocks, as below.
 template <class P, class T, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads)
+__global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
     attention_dq_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors, bool out_vectors) {
   FASTTUNE_DYNAMIC_SHARED(shared);
   T* q_tile = reinterpret_cast<T*>(shared);
@@ -56,9 +57,9 @@ __global__ void __launch_bounds__(P::kThreads)
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
   const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows;
-  const Sight sight = sight_of(args, at);
-  const KeyRange seen = keys_seen(at, sight, first_query, P::kRows);
-  const int first_step = seen.first / P::kSteps, steps = divide_up(seen.last, P::kSteps);
+  const KeyRange seen = keys_seen(args, at, first_query, P::kRows);
+  const int offset = place_offset(at), first_step = seen.first / P::kSteps,
+            steps = divide_up(seen.last, P::kSteps);
   const T* k_head = key_rows<T>(args.key, args, at);
   const T* v_head = key_rows<T>(args.value, args, at);
 
@@ -94,6 +95,11 @@ __global__ void __launch_bounds__(P::kThreads)
   DroppedKeys dropped = {};
   if constexpr (kDropout) dropout = dropout_key(args.dropout);
 
+  if (first_step >= steps) {  // q and dO are still under way, and their place is about to be written
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+  }
   for (int step = first_step; step < steps; ++step) {
     const int first_key = step * P::kSteps, stage = step % P::kStages;
     if (P::kStages == 2 && step + 1 < steps) {
@@ -120,7 +126,7 @@ __global__ void __launch_bounds__(P::kThreads)
         float p = exp2f(fmaf(s[j][i], scale, -lse[i / 2]));
         if (masked) {
           const int key = first_key + 8 * j + 2 * t + i % 2;
-          if (key >= keys || sight.hides(position[i / 2], key)) p = 0.0f;
+          if (key >= keys || hidden(args, position[i / 2] + offset, key)) p = 0.0f;
         }
         if constexpr (kDropout) dp[j][i] = dropped(first_key, j, i) ? 0.0f : dp[j][i] * dropout.scale;
         s[j][i] = p * (dp[j][i] - delta[i / 2]);
@@ -129,12 +135,6 @@ __global__ void __launch_bounds__(P::kThreads)
     multiply<P>(acc, s, k_tiles + stage * P::kStreamed, head_dim, scratch);
     __syncthreads();  // before the tile is overwritten
     if (P::kStages == 1 && step + 1 < steps) stream(step + 1);
-  }
-  if (first_step >=
-      steps) {  // the copies of q and dO are still under way, and their place is about to be written
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();
   }
   const float factor[2] = {args.scale, args.scale};
   store_rows<P>(q_rows, acc, factor, query_rows<T>(args.dquery, args, at), args.dquery.row, warp_query,
@@ -178,15 +178,14 @@ __global__ void __launch_bounds__(P::kThreads, 2)
   const Place at = locate(args, P::kRows, tiles, true);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
-  const int first_key = at.tile * P::kRows;
-  const Sight sight = sight_of(args, at);
+  const int first_key = at.tile * P::kRows, offset = place_offset(at);
   const T* q_head = query_rows<T>(args.query, args, at);
   const T* do_head = query_rows<T>(args.dout, args, at);
-  const int first_step =
-      sight.upper == INT_MAX ? 0 : first_query_from(at, first_key - sight.upper) / P::kSteps;
-  const int last_query = sight.lower == INT_MIN
-                             ? queries
-                             : min(queries, first_query_from(at, first_key + P::kRows - sight.lower));
+  int first_step = 0, last_query = queries;
+  if (args.causal || args.window >= 0)
+    first_step = first_query_from(at, first_key - sight_upper(args) - offset) / P::kSteps;
+  if (args.window >= 0)
+    last_query = min(queries, first_query_from(at, first_key + P::kRows + args.window - offset));
   const int steps = divide_up(last_query, P::kSteps);
 
   const auto stream = [&](int step) {
@@ -219,6 +218,11 @@ __global__ void __launch_bounds__(P::kThreads, 2)
   DropoutKey dropout = {};
   if constexpr (kDropout) dropout = dropout_key(args.dropout);
 
+  if (first_step >= steps) {  // k and v are still under way, and their place is about to be written
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+  }
   for (int step = first_step; step < steps; ++step) {
     const int first_query = step * P::kSteps, stage = step % P::kStages;
     const bool more = step + 1 < steps;
@@ -248,15 +252,15 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     clear(p);
     multiply_transposed<P>(p, k_rows, q_rows, head_dim);
     const int last = min(P::kSteps, queries - first_query) - 1;  // positions rise
-    const bool masked =
-        sight.hides(position[0], first_key + P::kRows - 1) || sight.hides(position[last], first_key);
+    const bool masked = hidden(args, position[0] + offset, first_key + P::kRows - 1) ||
+                        hidden(args, position[last] + offset, first_key);
     FASTTUNE_UNROLL
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * j + 2 * t + i % 2;
         p[j][i] = exp2f(fmaf(p[j][i], scale, -lse[column]));
-        if (masked && sight.hides(position[column], warp_key + g + i / 2 * 8)) p[j][i] = 0.0f;
+        if (masked && hidden(args, position[column] + offset, warp_key + g + i / 2 * 8)) p[j][i] = 0.0f;
       }
     }
     if constexpr (kDropout) {
@@ -284,12 +288,6 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     multiply<P>(dk, ds, q_rows, head_dim, scratch);
     __syncthreads();  // before the tiles are overwritten
     if (P::kStages == 1 && more) stream(step + 1);
-  }
-  if (first_step >=
-      steps) {  // the copies of k and v are still under way, and their place is about to be written
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();
   }
   const float scales[2] = {args.scale, args.scale};
   const float kept = kDropout ? dropout.scale : 1.0f, keeps[2] = {kept, kept};

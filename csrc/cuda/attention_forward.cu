@@ -14,8 +14,16 @@
 namespace fasttune::cuda {
 namespace {
 
+// Blocks for which registers are left. sm_86 and sm_89 have shared memory for two: left to itself the
+// assembler aims at four there, and spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 0;  // the assembler's choice
+#endif
+
 template <class P, class T, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads)
+__global__ void __launch_bounds__(P::kThreads, kBlocks)
     attention_forward_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors,
                              bool out_vectors) {
   FASTTUNE_DYNAMIC_SHARED(shared);
@@ -28,9 +36,9 @@ __global__ void __launch_bounds__(P::kThreads)
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
   const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows;
-  const Sight sight = sight_of(args, at);
-  const KeyRange seen = keys_seen(at, sight, first_query, P::kRows);
-  const int first_step = seen.first / P::kSteps, steps = divide_up(seen.last, P::kSteps);
+  const KeyRange seen = keys_seen(args, at, first_query, P::kRows);
+  const int offset = place_offset(at), first_step = seen.first / P::kSteps,
+            steps = divide_up(seen.last, P::kSteps);
   const T* k_head = key_rows<T>(args.key, args, at);
   const T* v_head = key_rows<T>(args.value, args, at);
 
@@ -56,6 +64,11 @@ __global__ void __launch_bounds__(P::kThreads)
   DroppedKeys dropped = {};
   if constexpr (kDropout) dropout = dropout_key(args.dropout);
 
+  if (first_step >= steps) {  // the copy of q is still under way, and its place is about to be written
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+  }
   for (int step = first_step; step < steps; ++step) {
     const int first_key = step * P::kSteps, stage = step % P::kStages;
     if (P::kStages == 2 && step + 1 < steps) {
@@ -80,7 +93,7 @@ __global__ void __launch_bounds__(P::kThreads)
         s[j][i] *= scale;
         if (masked) {
           const int key = first_key + 8 * j + 2 * t + i % 2;
-          if (key >= keys || sight.hides(position[i / 2], key)) s[j][i] = -INFINITY;
+          if (key >= keys || hidden(args, position[i / 2] + offset, key)) s[j][i] = -INFINITY;
         }
       }
     }
@@ -131,11 +144,6 @@ __global__ void __launch_bounds__(P::kThreads)
     const int query = warp_query + g + 8 * row;
     if (t == 0 && query < queries)
       args.lse[at.statistics + query] = sum > 0.0f ? m[row] + log2f(sum) : (sum != sum ? sum : INFINITY);
-  }
-  if (first_step >= steps) {  // the copy of q is still under way, and its place is about to be written
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();
   }
   store_rows<P>(q_rows, acc, factor, query_rows<T>(args.out, args, at), args.out.row, warp_query, queries,
                 head_dim, out_vectors);
