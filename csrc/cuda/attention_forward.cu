@@ -14,9 +14,9 @@
 namespace fasttune::cuda {
 namespace {
 
-// Blocks for which registers are left. sm_86 and sm_89 have shared memory for two: left to itself the
-// assembler aims at four there, and spills.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900
+// Blocks for which registers are left. Below sm_90 shared memory has room for three (sm_80) or two: left to
+// itself the assembler aims at four on sm_86 and sm_89, and spills. They are built from sm_80's code.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kBlocks = 3;
 #else
 constexpr int kBlocks = 0;  // the assembler's choice
