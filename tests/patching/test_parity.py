@@ -16,19 +16,23 @@ BATCHES = {
 }
 
 
+# Of the other encoders one head each meets every batch and dtype: what differs between their heads is stock's own code.
+ONE_OF_EACH = [head for head in ENCODERS if head.endswith(("ForMaskedLM", "ForCausalLM"))]
+
+
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS, *ENCODERS])
+@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS, *ONE_OF_EACH])
 def test_loss_and_gradients_in_float32(head, batch):
     check_parity(head, torch.float32, BATCHES[batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS, *ENCODERS])
+@pytest.mark.parametrize("head", [*GPT2_HEADS, *BERT_HEADS, *ONE_OF_EACH])
 def test_loss_and_gradients_in_half_precision(head, dtype):
     check_parity(head, dtype, BATCHES["padded right"])
 
 
-@pytest.mark.parametrize("head", RELATIVES)
+@pytest.mark.parametrize("head", [*RELATIVES, *ENCODERS])
 def test_relatives(head):
     check_parity(head, torch.float32, BATCHES["padded right"])
 
