@@ -37,7 +37,7 @@ def expected(harness):
     """What the kernels compute, as fibers in ascending order."""
     lines, reports = drive("plain")
     assert not reports
-    assert len(lines) == 3 * (2 + 2 + 9 + 1 + 2 + 2 + 2 + 4)
+    assert len(lines) == 3 * (2 + 6 + 9 + 1 + 2 + 2 + 2 + 4)
     assert [line for line in lines if not line.endswith("nan=0")] == []
     return lines
 

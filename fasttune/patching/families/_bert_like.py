@@ -321,5 +321,4 @@ def bert_like(
             ),
             *common_leaves(vocabulary),
         ),
-        layers=lambda model: model.base_model.encoder.layer,
     )

@@ -151,5 +151,4 @@ def modernbert_like(
             ),
             *common_leaves("decoder"),
         ),
-        layers=lambda model: model.base_model.layers,
     )

@@ -129,7 +129,4 @@ FAMILY = Family(
         ),
         *common_leaves("decoder"),
     ),
-    layers=lambda model: [
-        layer for group in model.base_model.encoder.albert_layer_groups for layer in group.albert_layers
-    ],
 )

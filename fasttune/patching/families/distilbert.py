@@ -126,5 +126,4 @@ FAMILY = Family(
         ),
         *common_leaves("vocab_projector"),
     ),
-    layers=lambda model: model.base_model.transformer.layer,
 )

@@ -174,5 +174,4 @@ FAMILY = Family(
         ),
         *common_leaves("decoder"),
     ),
-    layers=lambda model: model.base_model.encoder.layer,
 )

@@ -256,5 +256,4 @@ FAMILY = Family(
         lookup("wte", "wpe"),
         *common_leaves("lm_head", "score"),
     ),
-    layers=lambda model: model.base_model.h,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,6 @@ class Family:
     heads: tuple[type[nn.Module], ...]
     of_every_token: tuple[type[nn.Module], ...]
     replacements: tuple[Replacement, ...]
-    layers: Callable[[Any], Iterable[nn.Module]]  # of a model: its stack of layers, first to last
 
     def replacement(self, name: str, module: nn.Module) -> Replacement | None:
         """The first replacement that speaks of this module."""
