@@ -81,7 +81,7 @@ slow: $(VENV)/.installed-dev build
 
 triton: $(VENV)/.installed-dev build
 	@echo "== compiling the Triton kernels for GPUs that need not be here"
-	$(PYTEST) tests/compiled
+	$(PYTEST) --dist load tests/compiled
 	@echo "== testing the Triton kernels in its interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/ops
 
