@@ -158,7 +158,9 @@ def attention_dq_kernel(
         begin, end, gap = inner, full, None
         for MASKED in tl.static_range(2):
             if MASKED:
-                begin, end, gap = masked_walk(first, inner, full, last, window)
+                begin, end = masked_walk(first, inner, full, last, window)
+                if window is not None:
+                    gap = full - inner
             acc = _dq_tiles(
                 *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, seed, position, head, start, keys, offset),
                 *(begin, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold, keep_scale),
@@ -316,7 +318,9 @@ def attention_dkdv_kernel(
             beyond = tl.minimum(beyond // BLOCK_M, tl.cdiv(queries, BLOCK_M)) * BLOCK_M
             below = tl.minimum(below, beyond)
             last = first_query_from(positions, first_row, queries, offset, first_key + BLOCK_N + window)
-            begin, end, gap = masked_walk(first, below, beyond, tl.minimum(last, queries), window)
+            begin, end = masked_walk(first, below, beyond, tl.minimum(last, queries), window)
+            if window is not None:
+                gap = beyond - below
         dk_tile, dv_tile = _dkdv_tiles(
             *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
             *(queries, offset, begin, end, below, gap, window, q_row, do_row, scale * LOG2E, threshold, keep_scale),

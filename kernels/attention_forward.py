@@ -143,7 +143,9 @@ def attention_forward_kernel(
     begin, end, gap = inner, full, None
     for MASKED in tl.static_range(2):
         if MASKED:
-            begin, end, gap = masked_walk(first, inner, full, last, window)
+            begin, end = masked_walk(first, inner, full, last, window)
+            if window is not None:
+                gap = full - inner
         acc, total, m = _forward_tiles(
             *(acc, total, m, q_tile, k, v, seed, position, head, start, keys, offset),
             *(begin, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold),

@@ -77,12 +77,12 @@ def keys_of_tile(lowest, highest, keys, window, CAUSAL: tl.constexpr, STEP: tl.c
 
 @triton.jit
 def masked_walk(first, inner, full, last, window):
-    """(begin, end, gap) of one loop over the masked tiles: they lie behind `full` or, with a window, on both sides of
-    what is between `inner` and `full`, which is the gap from `inner` on."""
-    begin, end, gap = full, last, None
+    """(begin, end) of one loop over the masked tiles: they lie behind `full` or, with a window, on both sides of what
+    is between `inner` and `full`, which is the gap from `inner` on."""
+    begin, end = full, last
     if window is not None:
-        begin, end, gap = first, last - (full - inner), full - inner
-    return begin, end, gap
+        begin, end = first, last - (full - inner)
+    return begin, end
 
 
 @triton.jit
