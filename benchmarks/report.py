@@ -189,7 +189,8 @@ def page(machines: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) 
         parts += [
             "## Training steps",
             *machine_lines([record["machine"] for record in steps]),
-            "Zero gradients, forward, backward, fused AdamW; default configurations (dropout 0.1), random weights.",
+            "Zero gradients, forward, backward, fused AdamW; default configurations (dropout 0.1 where they have any),"
+            " random weights.",
             "![step time over needed matrix products](benchmarks-steps.png)",
             step_table(steps),
         ]
