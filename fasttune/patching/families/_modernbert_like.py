@@ -43,14 +43,14 @@ class Layer(PromisedLayer):
     def window(self) -> int | None:
         return window_of(self.attn)
 
-    def parts_around(self, project: Fused | Separate, attention: type, mlp: type) -> Parts:
+    def parts_around(self, project: Fused | Separate, scale: float, attention: type, mlp: type) -> Parts:
         """attention, mlp: the classes that these modules must be of."""
         attn = self.attn
         return Parts(
             inside=((attn, attention), (self.mlp, mlp)),
             attend=attn,
             project=project,
-            scale=attn.head_dim**-0.5,
+            scale=scale,
             attention_dropout=attn.attention_dropout,
             out=attn.Wo,
             out_dropout=attn.out_drop,

@@ -107,6 +107,8 @@ class EsmSelfAttention(Patched, stock.EsmSelfAttention):
     ) -> Any:
         layout, backend = None, self._fasttune.backend
         plain = encoder_hidden_states is None and hidden_states.dim() == 3 and 0 not in hidden_states.shape
+        if plain and self.position_embedding_type == "rotary":
+            plain = Rotary.fits(position_embeddings, hidden_states, self.attention_head_size)
         if plain and _as_shipped():
             layout = layout_for_attention(self, hidden_states, attention_mask, self.attention_head_size, kwargs)
         if layout is None:

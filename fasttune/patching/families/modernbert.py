@@ -30,7 +30,7 @@ class ModernBertEncoderLayer(shared.Layer, stock.ModernBertEncoderLayer):
     def parts(self, position_embeddings: Any = None) -> Parts:
         shared.check_turn(stock, _TURN)
         project = Fused(self.attn.Wqkv, *self.heads(self.attn), Rotary(*position_embeddings))
-        return self.parts_around(project, stock.ModernBertAttention, stock.ModernBertMLP)
+        return self.parts_around(project, self.attn.head_dim**-0.5, stock.ModernBertAttention, stock.ModernBertMLP)
 
     def forward(
         self,
@@ -58,6 +58,7 @@ class ModernBertAttention(Patched, stock.ModernBertAttention):
     ) -> Any:
         layout, backend, window = None, self._fasttune.backend, shared.window_of(self)
         plain = hidden_states.dim() == 3 and 0 not in hidden_states.shape
+        plain = plain and Rotary.fits(position_embeddings, hidden_states, self.head_dim)
         if plain and shared.why_turned_otherwise(stock, _TURN) is None:
             layout = layout_for_attention(self, hidden_states, attention_mask, self.head_dim, kwargs, window)
         if layout is None:

@@ -32,7 +32,7 @@ class ModernBertDecoderLayer(shared.Layer, stock.ModernBertDecoderLayer):
         shared.check_turn(stock, _TURN)
         attn = self.attn
         project = Separate(attn.q_proj, attn.k_proj, attn.v_proj, attn.head_dim, Rotary(*position_embeddings))
-        return self.parts_around(project, stock.ModernBertDecoderAttention, stock.ModernBertDecoderMLP)
+        return self.parts_around(project, attn.scaling, stock.ModernBertDecoderAttention, stock.ModernBertDecoderMLP)
 
     def forward(
         self,
@@ -67,6 +67,7 @@ class ModernBertDecoderAttention(Patched, stock.ModernBertDecoderAttention):
     ) -> Any:
         layout, backend, window = None, self._fasttune.backend, shared.window_of(self)
         plain = fresh_cache(past_key_values, self.layer_idx) and hidden_states.dim() == 3
+        plain = plain and Rotary.fits(position_embeddings, hidden_states, self.head_dim)
         if plain and 0 not in hidden_states.shape and shared.why_turned_otherwise(stock, _TURN) is None:
             layout = layout_for_attention(self, hidden_states, attention_mask, self.head_dim, kwargs, window)
         if layout is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttune import ops
@@ -27,6 +28,15 @@ class Rotary:
             raise Unknown("position embeddings of another shape")
         if self.cos.requires_grad or self.sin.requires_grad:
             raise Unknown("position embeddings that require a gradient")
+
+    @staticmethod
+    def fits(position_embeddings: Any, hidden: Tensor, head_dim: int) -> bool:
+        """Whether these are cos and sin of whole heads, for the tokens of hidden (B, S, E)."""
+        if not isinstance(position_embeddings, tuple) or len(position_embeddings) != 2:
+            return False
+        shapes = [(rows, hidden.shape[1], head_dim) for rows in (1, hidden.shape[0])]
+        dtypes = (hidden.dtype, torch.float32)
+        return all(isinstance(x, Tensor) and x.shape in shapes and x.dtype in dtypes for x in position_embeddings)
 
     def of_batch(self, x: Tensor, rotated: int | None, backend: str | None) -> Tensor:
         """x (B, S, ..., D) of every token."""

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fasttune.patching.layers.captured import Captured, Parts
 from fasttune.patching.layers.entry import mask_for_stock, ordinary, promise
+from fasttune.patching.layers.frozen import Unknown
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.post_norm import PostNorm
+from fasttune.patching.layers.projections import Rotary
 
 
 class PromisedLayer(Patched):
@@ -44,7 +46,7 @@ class PromisedLayer(Patched):
         heads, head_dim = self.heads(attention)
         out = promise(
             self,
-            lambda: self.captured(self, self.parts(position_embeddings)),
+            lambda: self._capture(hidden_states, head_dim, position_embeddings),
             hidden_states,
             mask,
             attention=attention,
@@ -54,6 +56,15 @@ class PromisedLayer(Patched):
             window=self.window(),
         )
         return out, mask if out is not None else mask_for_stock(hidden_states, mask, attention, arguments)
+
+    def _capture(self, hidden_states: Tensor, head_dim: int, position_embeddings: Any) -> Captured:
+        if position_embeddings is not None and not Rotary.fits(position_embeddings, hidden_states, head_dim):
+            raise Unknown("position embeddings of another shape")
+        try:
+            parts = self.parts(position_embeddings)
+        except AttributeError as error:  # a module of another kind stands where a part is looked for
+            raise Unknown(str(error)) from None
+        return self.captured(self, parts)
 
 
 class PromisedEncoderLayer(PromisedLayer):
