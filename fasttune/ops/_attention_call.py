@@ -19,6 +19,9 @@ class Call(NamedTuple):
 
     Variant: seed (1,) of the dropout, None without; causal: a query sees the keys up to its own position; scale: of the
     scores; dropout_p: of the weights; window: of the keys up to so far from its position, None for any, below 2 ** 30.
+
+    Terms of the scores: bias (H, 2 R + 1), float32 (float64 where query is), by the distance of key and query; c2p like
+    query and p2c like key with W buckets for D, and int32 buckets (2 R + 1,), which of them a distance has.
     """
 
     cu_seqlens: Tensor | None = None
@@ -30,6 +33,10 @@ class Call(NamedTuple):
     scale: float = 1.0
     dropout_p: float = 0.0
     window: int | None = None
+    bias: Tensor | None = None
+    c2p: Tensor | None = None
+    p2c: Tensor | None = None
+    buckets: Tensor | None = None
 
     def sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int, int, int]:
         """Sequences, and of each, or packed of all: queries, keys; heads, head dimension."""
@@ -43,6 +50,7 @@ _KINDS = {Tensor | None: "Tensor?", int | None: "int?", bool: "bool", float: "fl
 _HINTS = {name: get_type_hints(Call)[name] for name in Call._fields}
 SCHEMA = ", ".join(f"{_KINDS[hint]} {name}" for name, hint in _HINTS.items())
 TENSORS = tuple(place for place, hint in enumerate(_HINTS.values()) if hint == Tensor | None)
+LEARNED = tuple(Call._fields.index(name) for name in ("bias", "c2p", "p2c"))  # which have gradients
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ import operator
 import torch
 from torch import Tensor
 
-from fasttune.ops._checks import check_device, check_integer, check_shape, check_tensor, describe
+from fasttune.ops._checks import check_device, check_floating, check_integer, check_shape, check_tensor, describe
 
-_LAST_POSITION = 2**31 - 1  # kernels hold positions in int32
-_NO_WINDOW = 2**30  # nothing is so long, and kernels add a window to a key's number in int32
+_LAST_POSITION = 2**31 - 1  # kernels hold positions in int32,
+_FAR = 2**30  # add a window to a key's number and subtract positions from it; nothing is so long
+
+Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # bias, c2p, p2c, buckets
 
 
 def check_offsets(
@@ -52,12 +54,12 @@ def check_positions(positions_q: Tensor, cu_seqlens_q: Tensor | None) -> None:
     assert cu_seqlens_q is not None
     check_offsets(cu_seqlens_q, positions_q.shape[0], None, "cu_seqlens_q")
     counts = cu_seqlens_q.diff()
-    outside = (positions_q < 0) | (positions_q > _LAST_POSITION)
+    outside = (positions_q < -_FAR) | (positions_q > _LAST_POSITION)
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
         raise ValueError(
-            f"attention: positions_q is {int(positions_q[at])} at row {at}; expected a position counted from 0, below"
-            " 2 ** 31."
+            f"attention: positions_q is {int(positions_q[at])} at row {at}; expected a position counted from the first"
+            " key, from -2 ** 30 to 2 ** 31 - 1."
         )
     owner = torch.repeat_interleave(counts)
     falls = (positions_q.diff() < 0) & (owner.diff() == 0)
@@ -78,7 +80,49 @@ def check_window(window: int | None) -> int | None:
     check_integer("attention", "window", window)
     if window < 0:
         raise ValueError(f"attention: window is {window}; expected an integer of at least 0, or None for no window.")
-    return None if window >= _NO_WINDOW else window
+    return None if window >= _FAR else window
+
+
+def check_terms(
+    query: Tensor, key: Tensor, bias: Tensor | None, c2p: Tensor | None, p2c: Tensor | None, buckets: Tensor | None
+) -> Terms:
+    """The terms of the scores as the operator takes them: bias in float32, or float64 as query; buckets in int32."""
+    if bias is None and c2p is None and p2c is None and buckets is None:
+        return None, None, None, None
+    if bias is not None:
+        check_floating("attention", "bias", bias)
+        if bias.dim() != 2 or bias.shape[0] != query.shape[-2] or bias.shape[1] % 2 == 0:
+            raise ValueError(
+                f"attention: bias is {describe(bias)}; expected shape ({query.shape[-2]}, 2 R + 1), one row per head"
+                " and a column for each distance from -R to R."
+            )
+        check_device("attention", "bias", bias, query.device, "query")
+        bias = bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32).contiguous()
+    if (buckets is None) != (c2p is None and p2c is None):
+        raise ValueError("attention: buckets says which of c2p and p2c a distance has; expected it with them.")
+    if buckets is None:
+        return bias, None, None, None
+    given = [(name, x, like) for name, x, like in (("c2p", c2p, query), ("p2c", p2c, key)) if x is not None]
+    width = given[0][1].shape[-1] if given[0][1].dim() else 0
+    for name, x, like in given:
+        check_floating("attention", name, x)
+        of = "query" if name == "c2p" else "key"
+        check_shape("attention", name, x, (*like.shape[:-1], width), f"like {of}, with as many buckets as the other")
+        check_device("attention", name, x, query.device, "query")
+    check_tensor("attention", "buckets", buckets, "a torch.Tensor of integers")
+    if buckets.dtype not in (torch.int32, torch.int64) or buckets.dim() != 1 or buckets.shape[0] % 2 == 0:
+        raise ValueError(
+            f"attention: buckets is {describe(buckets)}; expected int32 or int64 (2 R + 1,), the bucket of each"
+            " distance from -R to R."
+        )
+    check_device("attention", "buckets", buckets, query.device, "query")
+    if buckets.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in buckets.aminmax())
+        if low < 0 or high >= width:
+            raise ValueError(f"attention: buckets holds {low} to {high}; expected 0 to {width - 1}, the last of c2p.")
+    dtype = query.dtype
+    c2p, p2c = (None if x is None else x.to(dtype) for x in (c2p, p2c))
+    return bias, c2p, p2c, buckets.to(torch.int32).contiguous()
 
 
 def check_layout(

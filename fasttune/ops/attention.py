@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _attention_cpp, _backends, _triton
-from fasttune.ops._attention_call import SCHEMA, TENSORS, Call
+from fasttune.ops._attention_call import LEARNED, SCHEMA, TENSORS, Call
 from fasttune.ops._attention_checks import (
+    Terms,
     check_chosen,
     check_layout,
     check_offsets,
     check_offsets_tensor,
     check_positions,
+    check_terms,
     check_window,
 )
 from fasttune.ops._checks import autocasts, check_device, check_floating, check_integer, check_number, check_shape
@@ -28,11 +30,14 @@ from fasttune.ops._reference.attention import attention as attention_reference
 # Shape legend: B sequences, S queries and K keys of each, H heads, D head dimension; packed: T rows of N sequences.
 # query, out (B, S, H, D), key, value (B, K, H, D), lse (B, H, S) float32; packed (T, H, D), lse (H, T).
 # qkv (B, S, 3, H, D) or (T, 3, H, D); cu_seqlens (N + 1,); seed (1,). Queries of some positions only: R rows,
-# query, out (R, H, D), lse (H, R), cu_seqlens_q (N + 1,), positions_q (R,) int32.
+# query, out (R, H, D), lse (H, R), cu_seqlens_q (N + 1,), positions_q (R,) int32. bias (H, 2 R + 1); c2p like query and
+# p2c like key, with W buckets for D; buckets (2 R + 1,).
 
+_TERMS: dict[str, tuple[str, ...]] = {}  # of the scores, that a backend's kernels take
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the kernels; other head sizes run on the torch backend
 
 Tensors = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # of query, key, value, bias, c2p, p2c
 
 
 def _parts(query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensors:
@@ -51,19 +56,18 @@ def _forward_of(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tupl
     return forward
 
 
-def _backward_of(run: Callable[..., None]) -> Callable[..., Tensors]:
+def _backward_of(run: Callable[..., None]) -> Callable[..., Gradients]:
     """The same of run(dout, (query, key, value, out, lse), gradients, call), which fills the gradients, in any strides,
-    that are not None."""
+    that are not None: of query, key, value, bias, c2p and p2c."""
 
     def backward(
         dout: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
-    ) -> Tensors:
+    ) -> Gradients:
         *call, needed = rest
-        gradients = _fake_backward(dout, query, key, value, needed)
+        gradients = _fake_backward(dout, query, key, value, out, lse, *rest)
+        wanted: list[Any] = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
         if key is None:
-            wanted: Any = gradients[0].unbind(-3)
-        else:
-            wanted = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+            wanted[:3] = gradients[0].unbind(-3)
         run(dout, (*_parts(query, key, value), out, lse), wanted, Call(*call))
         return gradients
 
@@ -76,12 +80,15 @@ def _fake_forward(query: Tensor, key: Tensor | None, *rest: Any) -> tuple[Tensor
     return out, torch.empty((*shape[:-3], shape[-2], shape[-3]), dtype=torch.float32, device=query.device)
 
 
-def _fake_backward(dout: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None, *rest: Any) -> Tensors:
+def _fake_backward(
+    dout: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> Gradients:
     """A gradient that nobody needs, or of what lies in query, is an empty tensor."""
-    needed = rest[-1]
+    *call, needed = rest
+    of = (query, key, value, *(call[place] for place in LEARNED))
     return tuple(  # type: ignore[return-value]
-        torch.empty(x.shape if x is not None and need else (0,), dtype=query.dtype, device=query.device)
-        for x, need in zip((query, key, value), needed, strict=True)
+        query.new_empty(0) if x is None or not need else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x, need in zip(of, needed, strict=True)
     )
 
 
@@ -95,16 +102,20 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     saved, call = ctx.saved_tensors, list(ctx.call)
     for place, tensor in zip(TENSORS, saved[5:], strict=True):
         call[place] = tensor
-    needed = list(ctx.needs_input_grad[:3])
-    gradients = _attention_backward(dout, *saved[:5], *call, needed, ctx.backend)
-    return (*(dx if need else None for dx, need in zip(gradients, needed, strict=True)), *(None for _ in call))
+    places = (0, 1, 2, *(3 + place for place in LEARNED))
+    needed = [ctx.needs_input_grad[place] for place in places]
+    found = _attention_backward(dout, *saved[:5], *call, needed, ctx.backend)
+    gradients: list[Tensor | None] = [None] * (3 + len(call))
+    for place, gradient, need in zip(places, found, needed, strict=True):
+        gradients[place] = gradient if need else None
+    return tuple(gradients)
 
 
 _attention_backward = Operator(
     "attention_backward",
     "(Tensor dout, Tensor query, Tensor? key, Tensor? value, Tensor out, Tensor lse, "
     + SCHEMA
-    + ", bool[] needed) -> (Tensor, Tensor, Tensor)",
+    + ", bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     {
         "cpp": _backward_of(_attention_cpp.backward),
         "triton": _backward_of(_triton.lazy("attention", "backward")),
@@ -135,6 +146,10 @@ def attention(
     *,
     causal: bool = False,
     window: int | None = None,
+    bias: Tensor | None = None,
+    c2p: Tensor | None = None,
+    p2c: Tensor | None = None,
+    buckets: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -150,6 +165,12 @@ def attention(
     causal: query i sees keys j <= i + K - S: aligned at the last query and the last key.
     window: a query at position p (i + K - S, as causal has it) sees the keys j with |p - j| <= window alone, both sides
         or, if causal, those before it. None, or 2 ** 30 and more: no window. What lies outside costs nothing.
+    bias: (H, 2 R + 1) of any floating dtype, added to the scaled scores: `bias[h, clamp(j - p, -R, R) + R]` for a query
+        at position p and key j. What comes of it is the relative position bias of MPNet and T5, of which a distance's
+        bucket is looked up beforehand. Its gradient sums over diagonals, in a fixed order.
+    c2p, p2c, buckets: disentangled attention (He et al. 2020): the score is scale · (query · key + c2p[p, h, b] +
+        p2c[j, h, b]) with b = buckets[clamp(j - p, -R, R) + R]. c2p is like query and p2c like key, with W buckets for
+        the head dimension; either may be left out. buckets: int32 or int64 (2 R + 1,), 0 <= b < W.
     scale: factor of the scores; None means D ** -0.5.
     dropout_p: probability of dropping an attention weight, honoured to 2⁻¹⁶, by fasttune's shared generator at
         (position of the query, sequence · H + head, position of the key).
@@ -157,9 +178,9 @@ def attention(
     max_seqlen: length of the longest packed sequence, if known; saves the torch backend from computing it.
     cu_seqlens_q, positions_q: queries of some positions only, against all keys. query is then (R, H, D); cu_seqlens_q
         (N + 1,) holds the first query of each sequence, positions_q int32 or int64 (R,) each query's position in its
-        sequence, never falling, counted from 0. Such a row is what it would be among all: causal, window and
-        dropout go by position. A query behind the last key (at padding, or of a sequence longer than its keys) sees
-        all of them, or those in its window.
+        sequence, never falling, counted from 0. Such a row is what it would be among all: causal, window, distances
+        and dropout go by position. A query behind the last key (at padding, or of a sequence longer than its keys)
+        sees all of them, or those in its window; one before the first key, at a negative position, too.
     backend: "cpp", "triton", "cuda", "torch" or None to choose. The kernels take head dimensions 16 to 128; None picks
         torch for others.
 
@@ -195,10 +216,11 @@ def attention(
         check_device("attention", "key", key, query.device, "query")
         check_device("attention", "value", value, query.device, "query")
     window = check_window(window)
-    scale, seed, chosen = _check_options(key, scale, dropout_p, cu_seqlens, max_seqlen, backend)
+    terms = check_terms(query, key, bias, c2p, p2c, buckets)
+    scale, seed, chosen = _check_options(key, scale, dropout_p, cu_seqlens, max_seqlen, backend, terms)
     if positions_q is not None and chosen != "cpp" and query.device.type == "cpu" and not torch.compiler.is_compiling():
         check_positions(positions_q, cu_seqlens_q)
-    call = Call(cu_seqlens, cu_seqlens_q, positions_q, max_seqlen, seed, causal, scale, dropout_p, window)
+    call = Call(cu_seqlens, cu_seqlens_q, positions_q, max_seqlen, seed, causal, scale, dropout_p, window, *terms)
     if chosen == "torch":
         return attention_reference(query, key, value, call)
     return _attention(query, key, value, *call, chosen)
@@ -209,6 +231,10 @@ def attention_packed_qkv(
     *,
     causal: bool = False,
     window: int | None = None,
+    bias: Tensor | None = None,
+    c2p: Tensor | None = None,
+    p2c: Tensor | None = None,
+    buckets: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     cu_seqlens: Tensor | None = None,
@@ -227,8 +253,9 @@ def attention_packed_qkv(
         check_shape("attention", "qkv", qkv, expected, "query, key and value in the third dimension from the end")
     query = qkv.select(-3, 0)
     window = check_window(window)
-    scale, seed, chosen = _check_options(query, scale, dropout_p, cu_seqlens, max_seqlen, backend)
-    call = Call(cu_seqlens, None, None, max_seqlen, seed, causal, scale, dropout_p, window)
+    terms = check_terms(query, query, bias, c2p, p2c, buckets)
+    scale, seed, chosen = _check_options(query, scale, dropout_p, cu_seqlens, max_seqlen, backend, terms)
+    call = Call(cu_seqlens, None, None, max_seqlen, seed, causal, scale, dropout_p, window, *terms)
     if chosen == "torch":
         return attention_reference(*_parts(qkv, None, None), call)
     return _attention(qkv, None, None, *call, chosen)
@@ -241,6 +268,7 @@ def _check_options(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     backend: str | None,
+    terms: Terms,
 ) -> tuple[float, Tensor | None, str]:
     """The scale, a seed if there is dropout, and the backend."""
     check_probability("attention", dropout_p)
@@ -260,6 +288,12 @@ def _check_options(
                 f"attention: the head dimension is {head_dim}; the {chosen} backend takes {MIN_HEAD_DIM} to"
                 f" {MAX_HEAD_DIM}. Leave backend at None or ask for 'torch'."
             )
+        chosen = "torch"
+    lacking = [name for name, term in zip(("bias", "c2p", "p2c"), terms, strict=False) if term is not None]
+    lacking = [name for name in lacking if name not in _TERMS.get(chosen, ())]
+    if chosen != "torch" and lacking:
+        if (backend or os.environ.get("FASTTUNE_BACKEND") or "auto") != "auto":
+            raise ValueError(f"attention: the {chosen} backend takes no {lacking[0]}; leave backend at None.")
         chosen = "torch"
     if (
         chosen != "cpp"  # which checks in its own time
