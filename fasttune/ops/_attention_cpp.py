@@ -64,7 +64,7 @@ def backward(
         *map(rows, (query, key, value, out)),
         lse.data_ptr(),
         rows(dout),
-        *map(rows, gradients),
+        *map(rows, gradients[:3]),
         list(map(_cpp.address, offsets)),
         *options,
     )

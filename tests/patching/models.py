@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     ModernBertConfig,
     ModernBertDecoderConfig,
+    MPNetConfig,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -101,6 +102,11 @@ _CONFIGS = {
         qa_dropout=p,
         seq_classif_dropout=p,
     ),
+    "MPNet": lambda p: MPNetConfig(
+        **_BERT_LIKE,
+        hidden_dropout_prob=p,
+        attention_probs_dropout_prob=p,
+    ),
     "GPT2": lambda p: GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=48,
@@ -176,6 +182,17 @@ ENCODERS = [
     "DistilBertForMultipleChoice",
     "DistilBertForTokenClassification",
     "DistilBertForQuestionAnswering",
+]
+ENCODERS += [
+    f"MPNet{head}"
+    for head in (
+        "Model",
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForMultipleChoice",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+    )
 ]
 ENCODERS += [
     f"ModernBert{head}"

@@ -1,7 +1,5 @@
 """Sliding windows: masks are recognised by their values, and tokens at padding see what stock's mask shows them."""
 
-import itertools
-
 import pytest
 import torch
 from models import batch_of, build, gradients
@@ -40,35 +38,43 @@ def layout(real, window, causal, asked=None):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("window", [1, 2, 5, None])
 def test_every_token_sees_what_the_mask_shows_it(window, causal):
-    """With the positions and options of the calls that it is made a query of; those that see nothing are left out."""
-    found = layout(ROWS, window, causal)
-    assert (found.window, found.causal) == (window, causal)
-    mask, ids = mask_of(ROWS, window, causal)[:, 0], torch.arange(ROWS.numel())
-    seen = {}
-    for queries in queries_of(found, ids):
-        sequences = torch.repeat_interleave(torch.arange(len(ROWS)), queries.counts)
-        for which, sequence, position in zip(
-            queries.which.tolist(), sequences.tolist(), queries.positions, strict=True
-        ):
-            assert which // LENGTH == sequence
-            keys = torch.arange(int(found.lengths[sequence]))
-            visible = keys >= 0
-            if queries.causal:
-                visible &= keys <= position
-            if queries.window is not None:
-                visible &= (keys - position).abs() <= queries.window
-            assert which not in seen
-            seen[which] = (keys[visible] + found.begins[sequence]).tolist()
-        places = list(zip(sequences.tolist(), queries.positions.tolist(), strict=True))
-        assert places == sorted(places)
-    expected = {
-        sequence * LENGTH + column: mask[sequence, column].nonzero().flatten().tolist()
-        for sequence, column in itertools.product(range(len(ROWS)), range(LENGTH))
-    }
-    assert seen == {token: keys for token, keys in expected.items() if keys}
-    assert found.blind == any(not keys for keys in expected.values())
+    """With the position that it is made a query at, as far from the keys as its column is."""
+    mask = mask_of(ROWS, LENGTH if window is None else window, causal)
+    found = layout_of(mask, tuple(ROWS.shape), CPU, causal=False, window=window)
+    assert (found.window, found.causal, found.side_by_side) == (window, causal, True)
+    mask, queries = mask[:, 0], queries_of(found, torch.arange(ROWS.numel()))
+    sequences = torch.repeat_interleave(torch.arange(len(ROWS)), queries.counts)
+    places = list(zip(sequences.tolist(), queries.positions.tolist(), strict=True))
+    assert places == sorted(places)
+    assert queries.which.sort().values.equal(torch.arange(ROWS.numel()))
+    blind = False
+    for which, (sequence, position) in zip(queries.which.tolist(), places, strict=True):
+        assert which // LENGTH == sequence
+        assert position == which % LENGTH - found.begins[sequence]
+        keys = torch.arange(int(found.lengths[sequence]))
+        ahead = keys - position
+        seen = keys[(ahead.abs() <= (LENGTH if window is None else window)) & ((ahead <= 0) | (not causal))]
+        assert (seen + found.begins[sequence]).tolist() == mask[sequence, which % LENGTH].nonzero().flatten().tolist()
+        blind |= not len(seen)
+    assert found.blind == blind
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_holes_every_token_sees_as_many_keys_as_the_mask_shows_it(causal):
+    real = ROWS.clone()
+    real[0, 3] = False
+    real[1] = torch.tensor([0, 1, 0, 1, 1, 0, 0])
+    mask = mask_of(real, LENGTH, causal)
+    found = layout_of(mask, tuple(real.shape), CPU, causal=False)
+    assert not found.side_by_side
+    queries = queries_of(found, torch.arange(real.numel()))
+    for which, position in zip(queries.which.tolist(), queries.positions.tolist(), strict=True):
+        sequence, column = divmod(which, LENGTH)
+        count = int(found.lengths[sequence])
+        seen = min(max(position + 1, 0), count) if causal else count
+        assert seen == int(mask[sequence, 0, column].sum())
 
 
 def test_a_window_that_the_mask_does_not_show_is_not_taken():

@@ -35,7 +35,7 @@ class PromisedLayer(promised.PromisedLayer):
         attention = getattr(self.attention, "self", None)
         return attention if hasattr(attention, "attention_head_size") else None
 
-    def parts(self, position_embeddings: Any = None) -> Parts:
+    def parts(self, positions: Any = None) -> Parts:
         attention, attend = self.attention, self.attention.self
         stock, names = stock_class(type(self)), type(self).__name__.removesuffix("Layer")
         inside = {

@@ -34,7 +34,7 @@ class AlbertLayer(PromisedEncoderLayer, stock.AlbertLayer):
     def attends(self) -> Any:
         return self.attention if isinstance(self.attention, stock.AlbertAttention) else None
 
-    def parts(self, position_embeddings: Any = None) -> Parts:
+    def parts(self, positions: Any = None) -> Parts:
         attend = self.attention
         return Parts(
             inside=((attend, stock.AlbertAttention),),

@@ -38,7 +38,7 @@ class TransformerBlock(PromisedEncoderLayer, stock.TransformerBlock):
     def heads(self, attention: Any) -> tuple[int, int]:
         return attention.n_heads, attention.attention_head_size
 
-    def parts(self, position_embeddings: Any = None) -> Parts:
+    def parts(self, positions: Any = None) -> Parts:
         attend, ffn = self.attention, self.ffn
         return Parts(
             inside=((attend, stock.DistilBertSelfAttention), (ffn, stock.FFN)),

@@ -35,11 +35,11 @@ class EsmLayer(PromisedLayer, stock.EsmLayer):
         attention = getattr(self.attention, "self", None)
         return attention if isinstance(attention, stock.EsmSelfAttention) else None
 
-    def parts(self, position_embeddings: Any = None) -> Parts:
+    def parts(self, positions: Any = None) -> Parts:
         if not _as_shipped():
             raise Unknown("apply_rotary_pos_emb or gelu was replaced for the whole process")
         attention, attend = self.attention, self.attention.self
-        rotary = Rotary(*position_embeddings) if attend.position_embedding_type == "rotary" else None
+        rotary = Rotary(*positions) if attend.position_embedding_type == "rotary" else None
         return Parts(
             inside=(
                 (attention, stock.EsmAttention),

@@ -48,7 +48,7 @@ class GPT2Block(PromisedLayer, stock.GPT2Block):
     def heads(self, attention: Any) -> tuple[int, int]:
         return attention.num_heads, attention.head_dim
 
-    def parts(self, position_embeddings: Any = None) -> Parts:
+    def parts(self, positions: Any = None) -> Parts:
         attn, mlp = self.attn, self.mlp
         if attn.reorder_and_upcast_attn and attn.config._attn_implementation == "eager":
             raise Unknown("reorder_and_upcast_attn")

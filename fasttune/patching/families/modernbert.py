@@ -27,9 +27,9 @@ class ModernBertPredictionHead(shared.PredictionHead, stock.ModernBertPrediction
 
 
 class ModernBertEncoderLayer(shared.Layer, stock.ModernBertEncoderLayer):
-    def parts(self, position_embeddings: Any = None) -> Parts:
+    def parts(self, positions: Any = None) -> Parts:
         shared.check_turn(stock, _TURN)
-        project = Fused(self.attn.Wqkv, *self.heads(self.attn), Rotary(*position_embeddings))
+        project = Fused(self.attn.Wqkv, *self.heads(self.attn), Rotary(*positions))
         return self.parts_around(project, self.attn.head_dim**-0.5, stock.ModernBertAttention, stock.ModernBertMLP)
 
     def forward(

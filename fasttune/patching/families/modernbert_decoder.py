@@ -28,10 +28,10 @@ class ModernBertDecoderPredictionHead(shared.PredictionHead, stock.ModernBertDec
 
 
 class ModernBertDecoderLayer(shared.Layer, stock.ModernBertDecoderLayer):
-    def parts(self, position_embeddings: Any = None) -> Parts:
+    def parts(self, positions: Any = None) -> Parts:
         shared.check_turn(stock, _TURN)
         attn = self.attn
-        project = Separate(attn.q_proj, attn.k_proj, attn.v_proj, attn.head_dim, Rotary(*position_embeddings))
+        project = Separate(attn.q_proj, attn.k_proj, attn.v_proj, attn.head_dim, Rotary(*positions))
         return self.parts_around(project, attn.scaling, stock.ModernBertDecoderAttention, stock.ModernBertDecoderMLP)
 
     def forward(

@@ -34,12 +34,17 @@ def layout_for_attention(
     head_dim: int,
     arguments: Mapping[str, Any],
     window: int | None = None,
+    *,
+    described: Any = None,
+    by_distance: bool = False,
 ) -> Layout | None:
-    """Who sees whom, or None where stock's attention has to run. window: the one that the mask may show."""
+    """Who sees whom, or None where stock's attention has to run. window: the one that the mask may show; described:
+    what says how the module attends, if not itself; by_distance: whether scores go by how far apart tokens are."""
     patch = module._fasttune
     if not patch.settings.options.attention or unusual() or hidden.device.type == "meta":
         return None
-    implementation = module.config._attn_implementation
+    described = module if described is None else described
+    implementation = described.config._attn_implementation
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     try:
@@ -55,7 +60,7 @@ def layout_for_attention(
             raise Unknown("a mask inside torch.compile")
         if mask is not None and not patch.settings.options.packing and reading_waits(hidden.device):
             raise Unknown(UNREAD)
-        layout = layout_of_call(hidden, mask, module, arguments, window)
+        layout = layout_of_call(hidden, mask, described, arguments, window, by_distance=by_distance)
         if implementation == "eager" and layout.blind:
             raise Unknown("queries that see no key under eager attention")
     except Unknown as why:
@@ -90,11 +95,8 @@ def self_attention(
     return out.flatten(2)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float, dropout_p: float, backend: str | None
-) -> Tensor:
-    """(B, S, H, D): queries at padding too, over the real keys of their row."""
-    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "backend": backend}
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Any) -> Tensor:
+    """(B, S, H, D): queries at padding too, over the real keys of their row. options: of `ops.attention`."""
     terms: dict[str, Any] = {"causal": layout.causal, "window": layout.window}
     packed = layout.packed
     if layout.full and packed.cu_seqlens.shape[0] - 1 == layout.shape[0]:

@@ -24,8 +24,9 @@ class Parts:
 
     inside: the modules between the layer and these, with the classes that they must be of: what they compute is done
         without calling them. attend: the one of them that attends.
-    project: captures the projections. scale: of the scores. attention_dropout: an nn.Dropout, or a probability that
-        holds while `attend` is training; the other dropouts are an nn.Dropout or nn.Identity.
+    project: captures the projections. scale: of the scores; bias (H, 2 R + 1): by distance, added to them.
+    attention_dropout: an nn.Dropout, or a probability that holds while `attend` is training; calls_dropout: it is a
+        module that is called, and its own mode holds. The other dropouts are an nn.Dropout or nn.Identity.
     gated: up gives two halves, and what goes down is act(first) * second, after gate_dropout.
     chunks: the layer's chunk_size_feed_forward.
     """
@@ -46,6 +47,8 @@ class Parts:
     gated: bool = False
     gate_dropout: Any = None
     chunks: int = 0
+    bias: Tensor | None = None
+    calls_dropout: bool = False
 
 
 class Captured:
@@ -63,17 +66,22 @@ class Captured:
         of_attention = parts.attention_dropout
         if isinstance(of_attention, nn.Module):
             of_attention = known(of_attention, nn.Dropout).p
-        # As stock, which reads the probability and its own mode: the module itself is not called.
-        of_attention = float(of_attention) if attend.training else 0.0
+        # As stock, which reads the probability and its own mode: the module itself is mostly not called.
+        training = (parts.attention_dropout if parts.calls_dropout else attend).training
+        of_attention = float(of_attention) if training else 0.0
         others = (_probability(of) for of in (parts.out_dropout, parts.gate_dropout, parts.down_dropout))
         self.dropouts = (of_attention, *others)
         captured = [part for part in (self.norm1, self.norm2, self.out, self.up, self.down) if part is not None]
         self.weights = tuple(weight for part in (self.projection, *captured) for weight in part.weights)
+        self.bias = parts.bias
+        if self.bias is not None:
+            self.weights += (self.bias,)
 
     def options(self, layout: Layout) -> dict[str, Any]:
         packed = layout.packed
         return {
             "scale": self.scale,
+            "bias": self.bias,
             "dropout_p": self.dropouts[0],
             "cu_seqlens": packed.cu_seqlens,
             "max_seqlen": packed.max_seqlen,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from fasttune.patching.promises.tensor import PromisedRows, materialized
 PACKING, TRIM, LAYERS = "packing", "trim", "layers"  # what the report counts
 UNREAD = "packing=False: the mask's values are not read on a GPU"
 ATTENTIONS = ("sdpa", "eager")  # the functions whose results ours are
+
+# How layers attend whose code is their own and asks no config.
+EAGER = SimpleNamespace(is_causal=False, config=SimpleNamespace(_attn_implementation="eager"))
 
 # Arguments that layers pass on and that change nothing about attention.
 NEUTRAL = frozenset(
@@ -54,12 +58,13 @@ def promise(
     head_dim: int,
     arguments: Mapping[str, Any],
     window: int | None = None,
+    by_distance: bool = False,
 ) -> PromisedRows | None:
     """The layer's output (B, S, E) as promised rows; None where it has to run as it stands.
 
     freeze: captures the layer, or raises Unknown. hidden (B, S, E); mask: of its self-attention. attention: the module
     that knows the config and whether it is causal. arguments: what else the layer was called with. window: how far its
-    tokens see, if the mask says so too.
+    tokens see, if the mask says so too. by_distance: whether its scores go by how far apart tokens are.
     """
     settings = layer._fasttune.settings
     options = settings.options
@@ -74,7 +79,7 @@ def promise(
     try:
         if mask is not None and not options.packing and reading_waits(hidden.device):
             raise Unknown(UNREAD)
-        layout = layout_of_call(hidden, mask, attention, arguments, window)
+        layout = layout_of_call(hidden, mask, attention, arguments, window, by_distance=by_distance)
         if not layout.full and not options.packing:
             return None
         _check(layer, hidden, attention, head_dim, layout)
@@ -113,9 +118,16 @@ def source_of(hidden: Tensor) -> RowSource:
 
 
 def layout_of_call(
-    hidden: Tensor, mask: Any, attention: Any, arguments: Mapping[str, Any], window: int | None = None
+    hidden: Tensor,
+    mask: Any,
+    attention: Any,
+    arguments: Mapping[str, Any],
+    window: int | None = None,
+    *,
+    by_distance: bool = False,
 ) -> Layout:
-    """Who sees whom in this call; raises Unknown."""
+    """Who sees whom in this call; raises Unknown. by_distance: whether packed tokens have to be as far apart as their
+    columns."""
     given = {name for name, value in arguments.items() if value is not None and value is not False}
     unusual_ones = given - NEUTRAL - _OFFSETS - {"is_causal"}
     if unusual_ones:
@@ -131,6 +143,8 @@ def layout_of_call(
     layout = layout_of(mask, shape, hidden.device, causal=causal, window=window)
     if layout is None:
         raise Unknown("a mask of another kind than padding or sequences side by side")
+    if by_distance and not layout.side_by_side:
+        raise Unknown("scores by distance, and real tokens of a row that do not stand side by side")
     if mask is None and causal and attention.config._attn_implementation == "eager":
         return layout_of(None, shape, hidden.device, causal=False)  # type: ignore[return-value]
     return layout

@@ -13,6 +13,7 @@ from fasttune.patching.layers.frozen import Unknown
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.post_norm import PostNorm
 from fasttune.patching.layers.projections import Rotary
+from fasttune.patching.promises.distances import DistanceBias
 
 
 class PromisedLayer(Patched):
@@ -22,12 +23,16 @@ class PromisedLayer(Patched):
         """The module that attends, None where something else stands in its place."""
         raise NotImplementedError
 
+    def described(self, attention: Any) -> Any:
+        """What says how it attends: is_causal, config."""
+        return attention
+
     def heads(self, attention: Any) -> tuple[int, int]:
         """How many there are, and how wide."""
         return attention.num_attention_heads, attention.attention_head_size
 
-    def parts(self, position_embeddings: Any = None) -> Parts:
-        """position_embeddings: cos and sin that the layer was called with."""
+    def parts(self, positions: Any = None) -> Parts:
+        """positions: cos and sin, or a bias by distance, that the layer was called with."""
         raise NotImplementedError
 
     def window(self) -> int | None:
@@ -35,33 +40,36 @@ class PromisedLayer(Patched):
         return None
 
     def promised(
-        self, hidden_states: Any, mask: Any, arguments: Mapping[str, Any], position_embeddings: Any = None
+        self, hidden_states: Any, mask: Any, arguments: Mapping[str, Any], positions: Any = None
     ) -> tuple[Tensor | None, Any]:
         """(a promise of the output, or None where the layer has to run as it stands; the mask to hand it then).
 
-        arguments: what else the layer was called with and nothing here knows of."""
+        arguments: what else the layer was called with and nothing here knows of. positions: see `parts`."""
         attention = self.attends()
         if attention is None:
             return None, mask
-        heads, head_dim = self.heads(attention)
+        described, (heads, head_dim) = self.described(attention), self.heads(attention)
         out = promise(
             self,
-            lambda: self._capture(hidden_states, head_dim, position_embeddings),
+            lambda: self._capture(hidden_states, head_dim, positions),
             hidden_states,
             mask,
-            attention=attention,
+            attention=described,
             heads=heads,
             head_dim=head_dim,
             arguments=arguments,
             window=self.window(),
+            by_distance=isinstance(positions, DistanceBias),
         )
-        return out, mask if out is not None else mask_for_stock(hidden_states, mask, attention, arguments)
+        return out, mask if out is not None else mask_for_stock(hidden_states, mask, described, arguments)
 
-    def _capture(self, hidden_states: Tensor, head_dim: int, position_embeddings: Any) -> Captured:
-        if position_embeddings is not None and not Rotary.fits(position_embeddings, hidden_states, head_dim):
+    def _capture(self, hidden_states: Tensor, head_dim: int, positions: Any) -> Captured:
+        if isinstance(positions, tuple) and not Rotary.fits(positions, hidden_states, head_dim):
             raise Unknown("position embeddings of another shape")
+        if isinstance(positions, DistanceBias) and positions.shape[-1] != hidden_states.shape[1]:
+            raise Unknown("a bias by distance of another length")
         try:
-            parts = self.parts(position_embeddings)
+            parts = self.parts(positions)
         except AttributeError as error:  # a module of another kind stands where a part is looked for
             raise Unknown(str(error)) from None
         return self.captured(self, parts)

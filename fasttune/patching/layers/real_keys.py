@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fasttune import ops
-from fasttune.ops._random import draw_seed, repeating
 from fasttune.patching.padding.layout import Layout
 from fasttune.patching.padding.queries import queries_of
 from fasttune.patching.promises.source import on, take_rows
@@ -20,22 +19,18 @@ def over_real_keys(
 ) -> Tensor:
     """query (R, H, D) of the tokens ids (R,) over packed real keys, (R, H, D); zeros, as from stock's attention, for
     those that see no key. options: of `ops.attention`, but for causal and window."""
-    out: Tensor | None = None
-    seeds = [draw_seed(query.device)] if options["dropout_p"] > 0.0 else []
-    for queries in queries_of(layout, ids):
-        offsets = torch.cat((queries.counts.new_zeros(1), queries.counts.cumsum(0))).to(torch.int32)
-        with repeating(seeds):
-            found = ops.attention(
-                take_rows(query, queries.which),
-                key,
-                value,
-                cu_seqlens_q=on(offsets, query.device),
-                positions_q=on(queries.positions.to(torch.int32), query.device),
-                causal=queries.causal,
-                window=queries.window,
-                **options,
-            )
-        out = query.new_zeros(query.shape, dtype=found.dtype) if out is None else out
-        out = out.index_copy(0, on(queries.which, query.device), found)
-    assert out is not None
-    return out
+    queries = queries_of(layout, ids)
+    offsets = torch.cat((queries.counts.new_zeros(1), queries.counts.cumsum(0))).to(torch.int32)
+    found = ops.attention(
+        take_rows(query, queries.which),
+        key,
+        value,
+        cu_seqlens_q=on(offsets, query.device),
+        positions_q=on(queries.positions.to(torch.int32), query.device),
+        causal=layout.causal,
+        window=layout.window,
+        **options,
+    )
+    back = torch.empty_like(queries.which)
+    back[queries.which] = torch.arange(back.numel())
+    return take_rows(found, back)

@@ -94,6 +94,14 @@ class Layout:
         return self.real.sum(1, keepdim=True).expand(self.shape).flatten()
 
     @cached_property
+    def side_by_side(self) -> bool:
+        """Whether the real tokens of a row stand side by side: then packed ones are as far apart as their columns."""
+        if self.real is None:
+            return True
+        starts = (self.real.int().diff(dim=1) > 0).sum(1) + self.real[:, 0]
+        return not bool((starts > 1).any())
+
+    @cached_property
     @_for_later
     def begins(self) -> Tensor:
         """int64 (B,) on the CPU: the column of each row's first real token."""
@@ -190,10 +198,8 @@ def _padded(real: Tensor, device: torch.device, *, causal: bool) -> Layout:
 
 
 def _windowed(real: Tensor, device: torch.device, causal: bool, window: int) -> Layout | None:
-    """Packed tokens are as far apart as their columns only where the real ones of a row stand side by side."""
-    if bool((real.int().diff(dim=1) > 0).sum(1).add(real[:, 0].int()).gt(1).any()):
-        return None
-    return replace(_padded(real, device, causal=causal), window=window)
+    layout = replace(_padded(real, device, causal=causal), window=window)
+    return layout if layout.side_by_side else None
 
 
 @_for_later

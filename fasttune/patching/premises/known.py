@@ -46,13 +46,14 @@ def why_watched(module: nn.Module, harmless: tuple[str, ...] = ()) -> str | None
     return "global module hooks" if _has_any_global_hook() else None
 
 
-def why_replaced(cls: type) -> str | None:
-    """Whether the forward found on a class is another than the one it was shipped with."""
+def why_replaced(cls: type, *methods: str) -> str | None:
+    """Whether the forward found on a class, or another of its methods, is not the one it was shipped with."""
     if torch.compiler.is_compiling():  # a compiled region was looked at when the model was patched
         return None
-    if _shipped(cls, cls.forward):  # type: ignore[attr-defined]
-        return None
-    return f"{cls.__name__}.forward was replaced for the whole process"
+    for name in ("forward", *methods):
+        if not _shipped(cls, getattr(cls, name)):
+            return f"{cls.__name__}.{name} was replaced for the whole process"
+    return None
 
 
 def stock_class(cls: type) -> type:

@@ -19,8 +19,16 @@ class Later(OnDemand):
     value: Tensor | None
 
     @staticmethod
-    def of(function: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Later:
-        later: Later = Tensor._make_wrapper_subclass(Later, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+    def of(
+        function: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        kind: type[Later] | None = None,
+    ) -> Later:
+        """kind: a class derived from this one, to be made instead."""
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        later: Later = make(Later if kind is None else kind, shape, dtype=dtype, device=device)
         later.function, later.value = function, None
         return later
 
