@@ -122,7 +122,7 @@ _attention_backward = Operator(
         "cuda": _backward_of(_attention_cuda.backward),
     },
     _fake_backward,
-    public=3,
+    public=6,
 )
 _attention = Operator(
     "attention",
