@@ -48,18 +48,17 @@ _BIAS = ("compute_position_bias", "relative_position_bucket")
 class MPNetEncoder(Patched, stock.MPNetEncoder):
     """Hands its layers the bias as a table by distance; who reads it gets stock's (B, H, S, S)."""
 
-    def compute_position_bias(self, x: Tensor, position_ids: Any = None, num_buckets: int = 32) -> Tensor:
+    def compute_position_bias(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         table = self.relative_attention_bias
         why = why_unknown(table, nn.Embedding) or why_replaced(stock.MPNetEncoder, *_BIAS)
         if why is not None:
             self._fasttune.aside(why)
-        if why is not None or position_ids is not None or torch.compiler.is_compiling() or unusual():
-            whole: Tensor = super().compute_position_bias(x, position_ids, num_buckets)
+        if why is not None or others or named or torch.compiler.is_compiling() or unusual():
+            whole: Tensor = super().compute_position_bias(x, *others, **named)
             return whole
         self._fasttune.note()
         distances = torch.arange(1 - x.shape[1], x.shape[1], device=x.device)
-        buckets = self.relative_position_bucket(distances, num_buckets=num_buckets)
-        return DistanceBias.by(table(buckets).t(), x.shape[0])
+        return DistanceBias.by(table(self.relative_position_bucket(distances)).t(), x.shape[0])
 
 
 def _table(position_bias: Any) -> DistanceBias | None:

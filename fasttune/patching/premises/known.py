@@ -51,7 +51,7 @@ def why_replaced(cls: type, *methods: str) -> str | None:
     if torch.compiler.is_compiling():  # a compiled region was looked at when the model was patched
         return None
     for name in ("forward", *methods):
-        if not _shipped(cls, getattr(cls, name)):
+        if not _shipped(cls, name, getattr(cls, name)):
             return f"{cls.__name__}.{name} was replaced for the whole process"
     return None
 
@@ -64,23 +64,23 @@ def stock_class(cls: type) -> type:
 
 
 @cache
-def _shipped(cls: type, forward: Any) -> bool:
+def _shipped(cls: type, name: str, method: Any) -> bool:
     module = sys.modules.get(cls.__module__)
     if module is None:
         return False
     package = _folder(sys.modules[cls.__module__.partition(".")[0]])
     while True:  # through decorators, each of which has to come from the same package
-        code = getattr(forward, "__code__", None)
+        code = getattr(method, "__code__", None)
         if code is None or package is None or not Path(code.co_filename).is_relative_to(package):
             return False
-        inner = getattr(forward, "__wrapped__", None)
+        inner = getattr(method, "__wrapped__", None)
         if inner is None:
-            owner = forward.__qualname__.rpartition(".")[0]
+            owner = method.__qualname__.rpartition(".")[0]
             return (
-                any(base.__module__ == forward.__module__ and base.__qualname__ == owner for base in cls.__mro__)
-                and code.co_name == "forward"
+                any(base.__module__ == method.__module__ and base.__qualname__ == owner for base in cls.__mro__)
+                and code.co_name == name
             )
-        forward = inner
+        method = inner
 
 
 def _folder(package: ModuleType) -> Path | None:

@@ -23,11 +23,9 @@ class DistanceBias(Later):
 
         def written() -> Tensor:
             tokens = torch.arange(length, device=table.device)
-            return (
-                table[:, tokens - tokens[:, None] + length - 1]
-                .expand(rows, -1, -1, -1)
-                .clone(memory_format=torch.contiguous_format)
-            )
+            with torch.inference_mode(table.is_inference()), torch.set_grad_enabled(table.requires_grad):
+                whole = table[:, tokens - tokens[:, None] + length - 1].expand(rows, -1, -1, -1)
+                return whole.clone(memory_format=torch.contiguous_format)
 
         shape = (rows, table.shape[0], length, length)
         bias: Any = Later.of(written, shape, table.dtype, table.device, DistanceBias)
