@@ -71,4 +71,4 @@ def attention_keep_mask(query_rows: Tensor, batch_heads: Tensor, keys: int, seed
     """Mask (..., keys) of attention weights; query_rows: position of the query in its sequence, batch_heads:
     sequence * heads + head, both int64 and broadcast against each other."""
     query_rows, batch_heads = torch.broadcast_tensors(query_rows, batch_heads)
-    return keep_mask(query_rows, batch_heads, ATTENTION_DOMAIN, keys, seed, dropout_p)
+    return keep_mask(query_rows & WORD, batch_heads, ATTENTION_DOMAIN, keys, seed, dropout_p)
