@@ -34,7 +34,7 @@ from fasttune.ops._reference.attention import attention as attention_reference
 # p2c like key, with W buckets for D; buckets (2 R + 1,).
 
 # Terms of the scores that a backend's kernels take.
-_TERMS = {"cpp": ("bias",), "triton": ("bias",), "cuda": ("bias",)}
+_TERMS = {name: ("bias", "c2p", "p2c") for name in ("cpp", "triton", "cuda")}
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the kernels; other head sizes run on the torch backend
 
 Tensors = tuple[Tensor, Tensor, Tensor]
