@@ -34,20 +34,18 @@ def _dq_tiles(
     bias,
     bias_reach,
     c2p,
-    c2p_rows,
     p2c,
     buckets,
     buckets_reach,
     ranks,
     dbias,
     dc2p,
-    dc2p_rows,
     seed,
     position,
-    valid,
     lowest,
     highest,
     head,
+    queries,
     start,
     keys,
     offset,
@@ -58,7 +56,9 @@ def _dq_tiles(
     window,
     k_row,
     v_row,
+    c2p_row,
     p2c_row,
+    dc2p_row,
     scale,
     threshold,
     keep_scale,
@@ -67,6 +67,7 @@ def _dq_tiles(
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -82,7 +83,9 @@ def _dq_tiles(
             key = tile_key + tl.arange(0, BLOCK_N)
             k_tile = load_rows(k, start + tile_key, k_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
             v_tile = load_rows(v, start + tile_key, v_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
-            p2c_tile, p2c_rows = p2c, None
+            c2p_rows, p2c_tile, p2c_rows = c2p_row, p2c, p2c_row
+            if c2p is not None:
+                c2p_rows = rows_of(c2p_row, queries, BLOCK_M)[:, None]
             if p2c is not None:
                 p2c_tile += (start + tile_key).to(tl.int64) * p2c_row
                 p2c_rows = rows_of(p2c_row, keys - tile_key, BLOCK_N)[None, :]
@@ -99,10 +102,12 @@ def _dq_tiles(
             if seed is not None:
                 dp = tl.where(dropped_weights(bits, within + part * BLOCK_N, BLOCK_N), 0.0, dp * keep_scale)
             ds = p * (dp - delta[:, None])
+            least, most = tile_key - (highest + offset), tile_key + BLOCK_N - 1 - (lowest + offset)
             if dbias is not None:
-                add_diagonals(dbias, ds, position + offset, lowest + offset, highest + offset, tile_key, bias_reach)
+                add_diagonals(dbias, ds, ahead, least, most, bias_reach)
             if dc2p is not None:
-                add_buckets(dc2p, dc2p_rows, ds, ahead, valid, key < keys, None, buckets, ranks, buckets_reach)
+                rows, valid = rows_of(dc2p_row, queries, BLOCK_M), tl.arange(0, BLOCK_M) < queries
+                add_buckets(dc2p, rows, ds, ahead, least, most, valid, key < keys, None, buckets, ranks, buckets_reach)
             if DQ:
                 dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
@@ -206,13 +211,10 @@ def attention_dq_kernel(
         if dbias is not None:
             program = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             dbias += (program * tl.num_programs(1) + tl.program_id(1)) * (2 * bias_reach + 1)
-        c2p_rows, dc2p_rows = None, None
         if c2p is not None:
             c2p = head_of(c2p, c2p_sequence, c2p_head) + first_row.to(tl.int64) * c2p_row
-            c2p_rows = rows_of(c2p_row, queries - first_query, BLOCK_M)[:, None]
         if dc2p is not None:
             dc2p = head_of(dc2p, dc2p_sequence, dc2p_head) + first_row.to(tl.int64) * dc2p_row
-            dc2p_rows = rows_of(dc2p_row, queries - first_query, BLOCK_M)
         if p2c is not None:
             p2c = head_of(p2c, p2c_sequence, p2c_head)
         first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
@@ -228,10 +230,11 @@ def attention_dq_kernel(
                     gap = full - inner
             if MASKED or PLAIN:
                 acc = _dq_tiles(
-                    *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, bias, bias_reach, c2p, c2p_rows, p2c),
-                    *(buckets, buckets_reach, ranks, dbias, dc2p, dc2p_rows, seed, position, valid, lowest, highest),
-                    *(head, start, keys, offset, begin, end, inner, gap, window, k_row, v_row, p2c_row, scale * LOG2E),
-                    *(threshold, keep_scale, DQ, MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
+                    *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, bias, bias_reach, c2p, p2c, buckets),
+                    *(buckets_reach, ranks, dbias, dc2p, seed, position, lowest, highest, head, queries - first_query),
+                    *(start, keys, offset, begin, end, inner, gap, window, k_row, v_row, c2p_row, p2c_row, dc2p_row),
+                    *(scale * LOG2E, threshold, keep_scale),
+                    *(DQ, MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEP, PRECISION),
                 )
         if DQ:
             store_rows(head_of(dq, dq_sequence, dq_head), first_row, dq_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
@@ -251,12 +254,10 @@ def _dkdv_tiles(
     bias_reach,
     c2p,
     p2c,
-    p2c_rows,
     buckets,
     buckets_reach,
     ranks,
     dp2c,
-    dp2c_rows,
     seed,
     key,
     first_key,
@@ -274,6 +275,8 @@ def _dkdv_tiles(
     q_row,
     do_row,
     c2p_row,
+    p2c_row,
+    dp2c_row,
     scale,
     threshold,
     keep_scale,
@@ -300,10 +303,12 @@ def _dkdv_tiles(
         position = query
         if positions is not None:
             position = tl.load(positions + first_row + query, mask=valid, other=0)
-        c2p_tile, c2p_rows = c2p, None
+        c2p_tile, c2p_rows, p2c_rows = c2p, c2p_row, p2c_row
         if c2p is not None:
             c2p_tile += row.to(tl.int64) * c2p_row
             c2p_rows = rows_of(c2p_row, queries - first_query, BLOCK_M)[None, :]
+        if p2c is not None:
+            p2c_rows = rows_of(p2c_row, keys - first_key, BLOCK_N)[:, None]
         s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # transposed: [keys, queries]
         ahead = key[:, None] - (position[None, :] + offset)
         s = scores_of(s, ahead, scale, bias, bias_reach, c2p_tile, c2p_rows, p2c, p2c_rows, buckets, buckets_reach)
@@ -322,12 +327,14 @@ def _dkdv_tiles(
             dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
         ds = p * (dp - delta_tile[None, :])
         if dp2c is not None:
-            if positions is None:
-                before = None
-            else:  # queries of one position
+            lowest, highest, before = first_query, tl.minimum(first_query + BLOCK_M, queries) - 1, None
+            if positions is not None:
+                lowest, highest = tl.load(positions + first_row + lowest), tl.load(positions + first_row + highest)
                 same = (position[:, None] == position[None, :]) & (query[:, None] < query[None, :])
                 before = tl.sum(same.to(tl.int32), 0)
-            add_buckets(dp2c, dp2c_rows, ds, ahead, key < keys, valid, before, buckets, ranks, buckets_reach)
+            least, most = first_key - (highest + offset), first_key + BLOCK_N - 1 - (lowest + offset)
+            rows = rows_of(dp2c_row, keys - first_key, BLOCK_N)
+            add_buckets(dp2c, rows, ds, ahead, least, most, key < keys, valid, before, buckets, ranks, buckets_reach)
         if DK:
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
@@ -421,13 +428,10 @@ def attention_dkdv_kernel(
         bias += tl.program_id(1) * (2 * bias_reach + 1)
     if c2p is not None:
         c2p = head_of(c2p, c2p_sequence, c2p_head)
-    p2c_rows, dp2c_rows = None, None
     if p2c is not None:
         p2c = head_of(p2c, p2c_sequence, p2c_head) + start.to(tl.int64) * p2c_row
-        p2c_rows = rows_of(p2c_row, keys - first_key, BLOCK_N)[:, None]
     if dp2c is not None:
         dp2c = head_of(dp2c, dp2c_sequence, dp2c_head) + start.to(tl.int64) * dp2c_row
-        dp2c_rows = rows_of(dp2c_row, keys - first_key, BLOCK_N)
     DK: tl.constexpr = dk is not None
     DV: tl.constexpr = dv is not None
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -449,15 +453,15 @@ def attention_dkdv_kernel(
             if window is not None:
                 gap = beyond - below
         dk_tile, dv_tile = _dkdv_tiles(
-            *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, bias, bias_reach, c2p, p2c, p2c_rows, buckets),
-            *(buckets_reach, ranks, dp2c, dp2c_rows, seed, key, first_key, keys, head, positions, first_row, queries),
-            *(offset, begin, end, below, gap, window, q_row, do_row, c2p_row, scale * LOG2E, threshold, keep_scale),
+            *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, bias, bias_reach, c2p, p2c, buckets, buckets_reach),
+            *(ranks, dp2c, seed, key, first_key, keys, head, positions, first_row, queries, offset, begin, end, below),
+            *(gap, window, q_row, do_row, c2p_row, p2c_row, dp2c_row, scale * LOG2E, threshold, keep_scale),
             *(DK, DV, True, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
         )
     dk_tile, dv_tile = _dkdv_tiles(
-        *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, bias, bias_reach, c2p, p2c, p2c_rows, buckets),
-        *(buckets_reach, ranks, dp2c, dp2c_rows, seed, key, first_key, keys, head, positions, first_row, queries),
-        *(offset, below, tl.minimum(beyond, queries), below, None, window, q_row, do_row, c2p_row, scale * LOG2E),
+        *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, bias, bias_reach, c2p, p2c, buckets, buckets_reach),
+        *(ranks, dp2c, seed, key, first_key, keys, head, positions, first_row, queries, offset, below),
+        *(tl.minimum(beyond, queries), below, None, window, q_row, do_row, c2p_row, p2c_row, dp2c_row, scale * LOG2E),
         *(threshold, keep_scale, DK, DV, False, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
     )
     if DK:

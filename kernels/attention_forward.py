@@ -31,13 +31,13 @@ def _forward_tiles(
     bias,
     bias_reach,
     c2p,
-    c2p_rows,
     p2c,
     buckets,
     buckets_reach,
     seed,
     position,
     head,
+    queries,
     start,
     keys,
     offset,
@@ -48,6 +48,7 @@ def _forward_tiles(
     window,
     k_row,
     v_row,
+    c2p_row,
     p2c_row,
     scale,
     threshold,
@@ -55,6 +56,7 @@ def _forward_tiles(
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,7 +71,9 @@ def _forward_tiles(
             tile_key = first_key + part * BLOCK_N
             key = tile_key + tl.arange(0, BLOCK_N)
             k_tile = load_rows(k, start + tile_key, k_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
-            p2c_tile, p2c_rows = p2c, None
+            c2p_rows, p2c_tile, p2c_rows = c2p_row, p2c, p2c_row
+            if c2p is not None:
+                c2p_rows = rows_of(c2p_row, queries, BLOCK_M)[:, None]
             if p2c is not None:
                 p2c_tile += (start + tile_key).to(tl.int64) * p2c_row
                 p2c_rows = rows_of(p2c_row, keys - tile_key, BLOCK_N)[None, :]
@@ -166,10 +170,8 @@ def attention_forward_kernel(
     first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
     if bias is not None:
         bias += tl.program_id(1) * (2 * bias_reach + 1)
-    c2p_rows = None
     if c2p is not None:
         c2p = head_of(c2p, c2p_sequence, c2p_head) + first_row.to(tl.int64) * c2p_row
-        c2p_rows = rows_of(c2p_row, queries - first_query, BLOCK_M)[:, None]
     if p2c is not None:
         p2c = head_of(p2c, p2c_sequence, p2c_head)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -186,9 +188,10 @@ def attention_forward_kernel(
                 gap = full - inner
         if MASKED or PLAIN:
             acc, total, m = _forward_tiles(
-                *(acc, total, m, q_tile, k, v, bias, bias_reach, c2p, c2p_rows, p2c, buckets, buckets_reach),
-                *(seed, position, head, start, keys, offset, begin, end, inner, gap, window, k_row, v_row, p2c_row),
-                *(scale * LOG2E, threshold, MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
+                *(acc, total, m, q_tile, k, v, bias, bias_reach, c2p, p2c, buckets, buckets_reach, seed, position),
+                *(head, queries - first_query, start, keys, offset, begin, end, inner, gap, window, k_row, v_row),
+                *(c2p_row, p2c_row, scale * LOG2E, threshold),
+                *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEP, PRECISION),
             )
     seen = total > 0.0
     acc *= tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)[:, None]

@@ -39,23 +39,22 @@ def scores_of(products, ahead, scale, bias, bias_reach, c2p, c2p_rows, p2c, p2c_
 
 
 @triton.jit
-def add_diagonals(sums, ds, position, lowest, highest, first_key, reach):
-    """Adds to sums (2 R + 1,), which only this program touches, what ds [queries, keys] has of each distance.
-    position: of each query, from `lowest` to `highest`.
+def add_diagonals(sums, ds, ahead, least, most, reach):
+    """Adds to sums (2 R + 1,), which only this program touches, what ds [queries, keys] has of each distance, from
+    `least` to `most`.
 
     A block of distances at a time: each row is shifted until a distance is a column, and the columns are summed.
     """
     KEYS: tl.constexpr = ds.shape[1]
-    ahead = first_key + tl.arange(0, KEYS)[None, :] - position[:, None]
-    least, most = first_key - highest, first_key + (KEYS - 1) - lowest
     if least <= -reach:
         tl.store(sums, tl.load(sums) + tl.sum(tl.where(ahead <= -reach, ds, 0.0)))
     if most >= reach:
         far = (ahead >= reach) & (ahead > -reach)
         tl.store(sums + 2 * reach, tl.load(sums + 2 * reach) + tl.sum(tl.where(far, ds, 0.0)))
+    column = tl.arange(0, KEYS)
     for first in range(tl.maximum(least, 1 - reach), tl.minimum(most, reach - 1) + 1, KEYS):
-        distance = first + tl.arange(0, KEYS)
-        key = position[:, None] + distance[None, :] - first_key
+        distance = first + column
+        key = distance[None, :] - (ahead - column[None, :])
         inside = (key >= 0) & (key < KEYS)
         shifted = tl.where(inside, tl.gather(ds, tl.where(inside, key, 0), 1), 0.0)
         pointers, near = sums + reach + distance, distance < reach
@@ -64,36 +63,39 @@ def add_diagonals(sums, ds, position, lowest, highest, first_key, reach):
 
 
 @triton.jit
-def add_buckets(sums, sums_rows, ds, ahead, row, column, before, buckets, ranks, reach):
+def add_buckets(sums, sums_rows, ds, ahead, least, most, row, column, before, buckets, ranks, reach):
     """Adds to sums, rows of buckets at the offsets sums_rows, which only this program touches, what ds has of each.
-    row, column: which are there; before: how many columns before each have its distance, None for none; ranks: how
-    many distances before each have its bucket.
+    least, most: distances of the tile; row, column: which are there; before: how many columns before each have its
+    distance, None for none; ranks: how many distances before each have its bucket.
 
     Elements of one rank have a bucket each in their row, and are added at once: near distances, with a bucket each,
     take one turn, far ones as many as share a bucket. Those beyond the reach, however many, are summed before.
     """
-    there = row[:, None] & column[None, :]
-    place = place_of(ahead, reach)
-    low = there & (ahead <= -reach)
-    high = there & (ahead >= reach) & (ahead > -reach)
-    if tl.max(low.to(tl.int32)) > 0:
-        at = sums + sums_rows[:, None] + tl.load(buckets)
-        total = tl.sum(tl.where(low, ds, 0.0), 1)[:, None]
-        tl.store(at, tl.load(at, mask=row[:, None], other=0.0) + total, mask=row[:, None])
-        tl.debug_barrier()  # before another thread adds to them
-    if tl.max(high.to(tl.int32)) > 0:
-        at = sums + sums_rows[:, None] + tl.load(buckets + 2 * reach)
-        total = tl.sum(tl.where(high, ds, 0.0), 1)[:, None]
-        tl.store(at, tl.load(at, mask=row[:, None], other=0.0) + total, mask=row[:, None])
-        tl.debug_barrier()
-    near = there & (tl.abs(ahead) < reach)
-    turn = tl.load(ranks + place)
-    first, last = tl.min(tl.where(near, turn, 2 * reach)), tl.max(tl.where(near, turn, -1))
-    turn = turn - first
+    COLUMNS: tl.constexpr = ds.shape[1]
+    if least <= -reach:
+        _add_to_bucket(sums + sums_rows + tl.load(buckets), tl.where(column[None, :] & (ahead <= -reach), ds, 0.0), row)
+    if most >= reach:
+        far = column[None, :] & (ahead >= reach) & (ahead > -reach)
+        _add_to_bucket(sums + sums_rows + tl.load(buckets + 2 * reach), tl.where(far, ds, 0.0), row)
+    first, last = 2 * reach, -1
+    for distance in range(tl.maximum(least, 1 - reach), tl.minimum(most, reach - 1) + 1, COLUMNS):
+        near = distance + tl.arange(0, COLUMNS)
+        near = tl.where(near <= tl.minimum(most, reach - 1), near, distance)
+        rank = tl.load(ranks + reach + near)
+        first, last = tl.minimum(first, tl.min(rank)), tl.maximum(last, tl.max(rank))
+    place, turns = place_of(ahead, reach), last - first + 1
+    turn = tl.load(ranks + place) - first
     if before is not None:
-        turn += before[None, :] * (last - first + 1)
-    turn = tl.where(near, turn, -1)
+        turn += before[None, :] * turns
+        turns *= tl.max(before) + 1
+    turn = tl.where(row[:, None] & column[None, :] & (tl.abs(ahead) < reach), turn, -1)
     at = sums + (sums_rows[:, None] + tl.load(buckets + place))
-    for now in range(0, tl.max(turn) + 1):
+    for now in range(0, turns):
         tl.store(at, tl.load(at, mask=turn == now, other=0.0) + ds, mask=turn == now)
-        tl.debug_barrier()
+        tl.debug_barrier()  # before another thread adds to them
+
+
+@triton.jit
+def _add_to_bucket(at, ds, row):
+    tl.store(at, tl.load(at, mask=row, other=0.0) + tl.sum(ds, 1), mask=row)
+    tl.debug_barrier()
