@@ -33,7 +33,7 @@ from fasttune.ops._reference.attention import attention as attention_reference
 # query, out (R, H, D), lse (H, R), cu_seqlens_q (N + 1,), positions_q (R,) int32. bias (H, 2 R + 1); c2p like query and
 # p2c like key, with W buckets for D; buckets (2 R + 1,).
 
-_TERMS: dict[str, tuple[str, ...]] = {"cuda": ("bias",)}  # of the scores, that a backend's kernels take
+_TERMS: dict[str, tuple[str, ...]] = {"cuda": ("bias", "c2p", "p2c")}  # of the scores, that a backend's kernels take
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the kernels; other head sizes run on the torch backend
 
 Tensors = tuple[Tensor, Tensor, Tensor]
