@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 
 from fasttune import ops
+from fasttune.ops._random import repeating
 from fasttune.patching.families import _bert_like as shared
 from fasttune.patching.families._leaves import common_leaves, lookup
 from fasttune.patching.families.spec import Family, Replacement
@@ -269,10 +270,13 @@ class DisentangledSelfAttention(Patched, stock.DisentangledSelfAttention):
             "backend": self._fasttune.backend,
         }
         terms = {} if relative is None else relative(query, key)
-        out = ops.attention(query, key, value, **options, **terms)
+        seed: list[Tensor] = []  # one for both, as where rows are read late
+        with repeating(seed):
+            out = ops.attention(query, key, value, **options, **terms)
         if not layout.full:
             padding = (layout.places < 0).nonzero().squeeze(1)
-            blind = over_all_columns(padding, value, take_rows(whole, padding), layout, options)
+            with repeating(seed):
+                blind = over_all_columns(padding, value, take_rows(whole, padding), layout, options)
             order = layout.places.clone()
             order[padding] = layout.total + torch.arange(padding.numel())
             out = take_rows(torch.cat((out, blind)), order)

@@ -274,8 +274,16 @@ class LayerRows(RowSource):
         with repeating(self.seeds):
             at_padding = self.layer.values(rows, on(padding, self.device))
             attended = over_all_columns(ids, keys_and_values[1], at_padding, self.layout, options)
+            attended = _with_zeros_for(self.layer.weights, attended)
             rows = take_rows(rows, torch.searchsorted(padding, ids))
             return self.layer.finish(attended.flatten(1), rows, row_ids)
+
+
+def _with_zeros_for(weights: tuple[Tensor, ...], attended: Tensor) -> Tensor:
+    """The same; a weight that it does not depend on gets a gradient of 0, as from stock, instead of none."""
+    if not torch.is_grad_enabled():
+        return attended
+    return attended + sum(weight[(0,) * weight.dim()] * 0.0 for weight in weights if weight.requires_grad)
 
 
 def _nothing(*_: str) -> None:
