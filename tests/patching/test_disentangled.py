@@ -10,7 +10,10 @@ from torch import nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 
 import fasttune
+from fasttune import ops
+from fasttune.ops._random import repeating
 from fasttune.patching.layers.frozen import Unknown
+from fasttune.patching.layers.real_keys import over_all_columns
 from fasttune.patching.layers.relative import ByDistance
 from fasttune.patching.padding.layout import layout_of
 
@@ -29,6 +32,7 @@ KINDS = {
     "neither": {"pos_att_type": []},
     "not relative": {"relative_attention": False, "position_biased_input": True},
     "few buckets": {"position_buckets": 8, "max_relative_positions": 10},
+    "more than are reached": {"position_buckets": 32},
     "a projection of embeddings": {"embedding_size": 32},
     "a convolution": {"conv_kernel_size": 3, "conv_act": "gelu"},
     "the new head": {"legacy": False},
@@ -177,6 +181,22 @@ def test_dropout_of_a_row_at_padding_scales_what_it_keeps():
     torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-3)
     assert abs(counts.mean() - 48) < 1.0
     assert counts.unique().numel() > 8
+
+
+def test_a_row_at_padding_has_dropout_of_its_own():
+    """On the left its column is the position of a real one."""
+    real = torch.arange(32) >= 16
+    mask = (real[:, None] & real)[None, None]
+    layout = layout_of(mask, (1, 32), CPU, causal=False, both_real=True)
+    columns, nothing = torch.eye(32)[:, None], torch.zeros(16, 1, 32)
+    options = {"cu_seqlens": layout.packed.cu_seqlens, "max_seqlen": 16, "dropout_p": 0.5, "backend": None}
+    seed = []
+    with repeating(seed):
+        seen = ops.attention(nothing, nothing, columns[:16], **options)
+    with repeating(seed):
+        blind = over_all_columns(torch.arange(16), columns[16:], columns[:16], layout, options)
+    kept = [(weights[:, 0, :16] > 0).float() for weights in (seen, blind)]
+    assert ((kept[0] - kept[1]).abs().mean() - 0.5).abs() < 0.15
 
 
 def test_the_embeddings_of_distances_are_dropped_out():
@@ -343,6 +363,7 @@ def test_every_pair_gets_stocks_embedding(buckets, furthest, longest):
     cut = positions.distances.cut(longest, span, c2p=True, p2c=True)
     assert 0 <= cut.begin < cut.end <= 2 * span
     assert cut.end - cut.begin == 2 * span or cut.end - cut.begin < 2 * longest + 7
+    assert 0 <= int(cut.buckets.min()) <= int(cut.buckets.max()) < cut.end - cut.begin
     tokens = torch.arange(longest)
     ours = cut.buckets[tokens - tokens[:, None] + longest - 1].long() + cut.begin
     pairs = pairs[0, :longest, :longest]
