@@ -1,6 +1,7 @@
 """Training steps of the encoders that are not BERT under another name, on padded batches.
 
-Configurations are the checkpoints' own (distilbert-base-uncased, albert-base-v2, ModernBERT-base, esm2_t12_35M_UR50D);
+Configurations are the checkpoints' own (distilbert-base-uncased, albert-base-v2, mpnet-base, ModernBERT-base,
+esm2_t12_35M_UR50D);
 the layers that count as needed are those of `needed.py`: of a window, the pairs that it lets through.
 """
 
@@ -11,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from padding_workloads import filled, padded_step
-from transformers import AlbertConfig, DistilBertConfig, EsmConfig, ModernBertConfig
+from transformers import AlbertConfig, DistilBertConfig, EsmConfig, ModernBertConfig, MPNetConfig
 
 
 def _configs(quick: bool) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def _configs(quick: bool) -> dict[str, Any]:
                 vocab_size=97, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=32
             ),
             "albert": AlbertConfig(**small, embedding_size=16),
+            "mpnet": MPNetConfig(**small),
             "modernbert": ModernBertConfig(**small, **special, local_attention=8),
             "esm": EsmConfig(**small, position_embedding_type="rotary", token_dropout=True, mask_token_id=3),
         }
@@ -32,6 +34,7 @@ def _configs(quick: bool) -> dict[str, Any]:
         "albert": AlbertConfig(  # albert-base-v2
             hidden_size=768, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu_new"
         ),
+        "mpnet": MPNetConfig(),
         "modernbert": ModernBertConfig(),
         "esm": EsmConfig(  # esm2_t12_35M_UR50D
             vocab_size=33,
@@ -61,6 +64,7 @@ def workloads(quick: bool) -> dict[str, Any]:
     rows = {
         "distilbert-base-classification": ("DistilBERT-base", config["distilbert"], "classification", short),
         "albert-base-classification": ("ALBERT-base", config["albert"], "classification", short),
+        "mpnet-base-classification": ("MPNet-base", config["mpnet"], "classification", short),
         "modernbert-base-classification": ("ModernBERT-base", config["modernbert"], "classification", short),
         "modernbert-base-mlm": ("ModernBERT-base MLM", config["modernbert"], "mlm", masked),
         "esm2-35m-mlm": ("ESM-2 35M MLM", config["esm"], "mlm", proteins),

@@ -16,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import encoder_workloads
 import step_workloads
 import torch
 from batches import Batch
@@ -48,8 +49,11 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @cache
 def _folder(architecture: type, name: str, quick: bool) -> str:
+    return _folder_of(architecture, copy.deepcopy(step_workloads._configs(quick)[name]))
+
+
+def _folder_of(architecture: Any, config: Any) -> str:
     """A saved model of random weights with a tokenizer of made-up words."""
-    config = copy.deepcopy(step_workloads._configs(quick)[name])
     config.num_labels = 1
     config.max_position_embeddings = 512
     folder = tempfile.mkdtemp()
@@ -101,8 +105,9 @@ def _stepper(parameters: Any, loss: Callable[[], torch.Tensor]) -> Step:
     return step
 
 
-def _embedder(side: str, folder: str) -> SentenceTransformer:
-    transformer = Transformer(folder, model_kwargs={"attn_implementation": _attention(side)})
+def _embedder(side: str, folder: str, eager_alone: bool = False) -> SentenceTransformer:
+    settings = {} if eager_alone else {"attn_implementation": _attention(side)}
+    transformer = Transformer(folder, model_kwargs=settings)
     pooling = Pooling(transformer.get_embedding_dimension(), "mean")
     return SentenceTransformer(modules=[transformer, pooling], device="cpu")
 
@@ -111,8 +116,8 @@ def _patched(side: str, model: Any) -> Any:
     return fasttune.patch(model) if side == OURS else model
 
 
-def _bi_encoder(side: str, folder: str, pairs: Pairs, cached: bool) -> Step:
-    model = _patched(side, _embedder(side, folder)).train()
+def _bi_encoder(side: str, folder: str, pairs: Pairs, cached: bool, eager_alone: bool = False) -> Step:
+    model = _patched(side, _embedder(side, folder, eager_alone)).train()
     features = [model.preprocess(column) for column in pairs.columns(len(model.tokenizer))]
     if cached:
         loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=32)
@@ -229,12 +234,12 @@ def _trl(kind: str, side: str, config: Any, batch: Batch) -> Step:
     return _stepper(model.parameters(), preference)
 
 
-def _row(shape: str, side: Callable[[str], Step], **notes: Any) -> Workload:
+def _row(shape: str, side: Callable[[str], Step], names: tuple[str, ...] = (OURS, *STOCK), **notes: Any) -> Workload:
     return Workload(
         group="in a framework",
         shape=shape,
         dtype="float32",
-        sides={name: partial(side, name) for name in (OURS, *STOCK)},
+        sides={name: partial(side, name) for name in names},
         notes=notes,
     )
 
@@ -264,6 +269,14 @@ def workloads(quick: bool) -> dict[str, Callable[[], Workload]]:
         side = partial(_bi_encoder, folder=folder(AutoModel.from_config, "minilm"), pairs=pairs, cached=cached)
         return _row(f"MiniLM-6 bi-encoder, {label}, {pairs}", side)
 
+    def mpnet() -> Workload:
+        batch = filled(0.67, *((3, 17) if quick else (16, 128)))
+        pairs = Pairs(batch.lengths, batch.lengths)
+        settings = encoder_workloads._configs(quick)["mpnet"]
+        where = _folder_of(AutoModel.from_config, settings)
+        side = partial(_bi_encoder, folder=where, pairs=pairs, cached=False, eager_alone=True)
+        return _row(f"MPNet-base bi-encoder, MultipleNegativesRanking, {pairs}", side, (OURS, "stock eager"))
+
     def reranker() -> Workload:
         side = partial(_reranker, folder=folder(BertForSequenceClassification, "minilm"), pairs=ragged)
         return _row(f"MiniLM-6 CrossEncoder, BinaryCrossEntropy, {ragged}", side)
@@ -290,6 +303,7 @@ def workloads(quick: bool) -> dict[str, Callable[[], Workload]]:
         "bi-encoder": partial(embeddings, ragged),
         "bi-encoder-short": partial(embeddings, short),
         "bi-encoder-cached": partial(embeddings, many, cached=True),
+        "mpnet-bi-encoder": mpnet,
         "cross-encoder": reranker,
         "splade": splade,
         "encode-sorted": partial(encoding, "sorted"),

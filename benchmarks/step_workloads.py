@@ -26,6 +26,7 @@ from transformers import (
     GPT2LMHeadModel,
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
+    MPNetForSequenceClassification,
     PreTrainedModel,
 )
 from workload import COMPILED, OURS, Step, Workload
@@ -41,7 +42,10 @@ MODELS = {
     ("modernbert", "classification"): ModernBertForSequenceClassification,
     ("modernbert", "mlm"): ModernBertForMaskedLM,
     ("esm", "mlm"): EsmForMaskedLM,
+    ("mpnet", "classification"): MPNetForSequenceClassification,
 }
+# Families whose code knows no attention but its own.
+EAGER_ALONE = ("mpnet",)
 
 
 def _training_step(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Step:
@@ -64,7 +68,8 @@ def _side(name: str, config: Any, head: str, batch: Batch) -> Step:
     if name == OURS:
         fasttune.patch(model)
     else:
-        model.set_attn_implementation("eager" if name == "stock eager" else "sdpa")
+        if config.model_type not in EAGER_ALONE:
+            model.set_attn_implementation("eager" if name == "stock eager" else "sdpa")
         if name == COMPILED:
             model = torch.compile(model)
     return _training_step(model, inputs)
@@ -72,6 +77,8 @@ def _side(name: str, config: Any, head: str, batch: Batch) -> Step:
 
 def training_step(name: str, config: Any, head: str, batch: Batch, *, compiled: bool = False) -> Workload:
     names = [OURS, "stock sdpa", "stock eager", *([COMPILED] if compiled else [])]
+    if config.model_type in EAGER_ALONE:
+        names.remove("stock sdpa")
     return Workload(
         group="training step",
         shape=f"{name}, {batch}",

@@ -32,7 +32,7 @@ The kernels: attention_forward.py, attention_backward.py, and what they share, a
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,10 +171,14 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
+def _with_unit_strides(call: Any) -> Any:
+    return call._replace(**{name: _unit_stride(x) for name in ("c2p", "p2c") if (x := getattr(call, name)) is not None})
+
+
+def _strides(x: Tensor | None) -> tuple[int | None, ...]:
     """Strides of sequence, row and head of (N, S, H, D) or (T, H, D)."""
     if x is None:
-        return (0, 0, 0)
+        return (None, None, None)
     strides = x.stride()
     return strides[:3] if len(strides) == 4 else (0, *strides[:2])
 
@@ -205,6 +209,10 @@ class Part:
             return list(tensors)
         return [self._narrow(x, x.dim() - 2, x.dim() == 3) for x in tensors]
 
+    def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Of a tensor (H, 2 R + 1)."""
+        return bias if bias is None or not self._cuts else bias.narrow(0, self.first, self.heads)
+
     def numbers(self) -> tuple[int, int]:
         """The kernels' first_head, counted over all sequences, and heads."""
         return self.sequence * self.all_heads + self.first, self.all_heads
@@ -223,6 +231,17 @@ def _pointers(call: Any) -> tuple[Tensor | None, ...]:
     if call.positions_q is None:
         return call.cu_seqlens, call.cu_seqlens, None
     return call.cu_seqlens_q, call.cu_seqlens, call.positions_q.to(torch.int32)
+
+
+def _terms(part: Part, call: Any) -> tuple[Tensor | None, ...]:
+    """The kernels' bias, c2p, p2c and buckets."""
+    return part.of_bias(call.bias), *part.of(call.c2p, call.p2c), call.buckets
+
+
+def _furthest(call: Any) -> tuple[int | None, int | None]:
+    """R of the bias and of the buckets."""
+    bias, buckets = call.bias, call.buckets
+    return None if bias is None else bias.shape[1] // 2, None if buckets is None else buckets.shape[0] // 2
 
 
 def _lse_strides(query: Tensor, call: Any) -> tuple[int, int]:
@@ -274,6 +293,7 @@ def _step(tile: Tiles, dtype: torch.dtype, seed: Tensor | None) -> int:
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tensor, Tensor]:
     """(out, lse); lse to base 2, float32 (N, H, Q) or (H, T), +inf where no key is seen."""
     query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    call = _with_unit_strides(call)
     sizes = call.sizes(query, key)[:3]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((*query.shape[:-3], query.shape[-2], query.shape[-3]), dtype=torch.float32, device=query.device)
@@ -286,9 +306,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tenso
         for part in _launches(query, call):
             attention_forward_kernel[_grid(sizes[1], tile.block_m, part, call)](
                 *(*part.of(query, key, value, out), *part.of_statistics(lse), *pointers, call.seed),
-                *(*part.numbers(), *sizes, call.window),
-                *(*_strides(query), *_strides(key), *_strides(value), *_strides(out), *_lse_strides(query, call)),
-                *(call.scale, threshold, keep_scale),
+                *(*_terms(part, call), *part.numbers(), *sizes, call.window, *_furthest(call)),
+                *(*_strides(query), *_strides(key), *_strides(value), *_strides(call.c2p), *_strides(call.p2c)),
+                *(*_strides(out), *_lse_strides(query, call), call.scale, threshold, keep_scale),
                 STEP=_step(tile, query.dtype, call.seed),
                 **_tile_constants(tile),
                 **constants,
@@ -301,13 +321,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tenso
 def backward(
     dout: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Sequence[Tensor | None],
     call: Any,
 ) -> None:
-    """Fills the gradients of query, key and value, in any strides; None for those nobody needs."""
+    """Fills the gradients of query, key, value, bias, c2p and p2c, in any strides; None for those nobody needs."""
     query, key, value, out, lse = tensors
     dout, query, key, value = _unit_stride(dout), _unit_stride(query), _unit_stride(key), _unit_stride(value)
-    dq, dk, dv = gradients
+    call = _with_unit_strides(call)
+    dq, dk, dv, dbias, _, _ = gradients
     if not query.numel() or not key.numel():
         for gradient in gradients:
             if gradient is not None:
@@ -318,24 +339,32 @@ def backward(
     threshold, keep_scale = dropout_arguments(call.seed, call.dropout_p)
     constants = _constants(query, call)
     inputs = (*_strides(dout), *_strides(query), *_strides(key), *_strides(value))
+    inputs += (*_strides(call.c2p), *_strides(call.p2c))
     options = (*_lse_strides(query, call), call.scale, threshold, keep_scale)
 
     def launch_dq(tile: Tiles) -> None:
+        if dbias is not None:
+            dbias.zero_()
         for part in _launches(query, call):
-            attention_dq_kernel[_grid(sizes[1], tile.block_m, part, call)](
-                *(*part.of(dout, query, key, value, out), *part.of_statistics(lse, delta), *part.of(dq)),
-                *(*pointers, call.seed, *part.numbers(), *sizes, call.window),
+            grid, partial = _grid(sizes[1], tile.block_m, part, call), None
+            if dbias is not None:  # a row of each program
+                partial = dbias.new_zeros(grid[0] * grid[2], part.heads, dbias.shape[1])
+            attention_dq_kernel[grid](
+                *(*part.of(dout, query, key, value, out), *part.of_statistics(lse, delta), *part.of(dq), partial),
+                *(*pointers, call.seed, *_terms(part, call), *part.numbers(), *sizes, call.window, *_furthest(call)),
                 *(*inputs, *_strides(out), *_strides(dq), *options),
                 STEP=_step(tile, query.dtype, call.seed),
                 **_tile_constants(tile),
                 **constants,
             )
+            if partial is not None:
+                part.of_bias(dbias).add_(partial.sum(0))
 
     def launch_dkdv(tile: Tiles) -> None:
         for part in _launches(query, call):
             attention_dkdv_kernel[_grid(sizes[2], tile.block_n, part, call)](
                 *(*part.of(dout, query, key, value), *part.of_statistics(lse, delta), *part.of(dk, dv)),
-                *(*pointers, call.seed, *part.numbers(), *sizes, call.window),
+                *(*pointers, call.seed, *_terms(part, call), *part.numbers(), *sizes, call.window, *_furthest(call)),
                 *(*inputs, *_strides(dk), *_strides(dv), *options),
                 **_tile_constants(tile),
                 **constants,

@@ -18,6 +18,7 @@ from fasttune.kernels.attention_rows import (
     store_rows,
     tile_positions,
 )
+from fasttune.kernels.attention_terms import add_diagonals, rows_of, scores_of
 from fasttune.kernels.philox import attention_drop_bits, dropped_weights, dropped_weights_transposed
 
 
@@ -30,8 +31,17 @@ def _dq_tiles(
     delta,
     k,
     v,
+    bias,
+    bias_furthest,
+    c2p,
+    p2c,
+    buckets,
+    buckets_furthest,
+    dbias,
     seed,
     position,
+    lowest,
+    highest,
     head,
     start,
     keys,
@@ -43,9 +53,11 @@ def _dq_tiles(
     window,
     k_row,
     v_row,
+    p2c_row,
     scale,
     threshold,
     keep_scale,
+    DQ: tl.constexpr,
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -65,7 +77,12 @@ def _dq_tiles(
             key = tile_key + tl.arange(0, BLOCK_N)
             k_tile = load_rows(k, start + tile_key, k_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
             v_tile = load_rows(v, start + tile_key, v_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
-            s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
+            p2c_tile = None
+            if p2c is not None:
+                p2c_tile = rows_of(p2c, start + tile_key, p2c_row, start + keys - 1, BLOCK_N)[None, :]
+            s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+            ahead = key[None, :] - (position[:, None] + offset)
+            s = scores_of(s, ahead, scale, bias, bias_furthest, c2p, p2c_tile, buckets, buckets_furthest)
             p = tl.exp2(s - lse[:, None])
             if MASKED:
                 visible = (key < keys)[None, :]
@@ -76,7 +93,10 @@ def _dq_tiles(
             if seed is not None:
                 dp = tl.where(dropped_weights(bits, within + part * BLOCK_N, BLOCK_N), 0.0, dp * keep_scale)
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+            if dbias is not None:
+                add_diagonals(dbias, ds, position + offset, lowest + offset, highest + offset, tile_key, bias_furthest)
+            if DQ:
+                dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
 
@@ -90,16 +110,23 @@ def attention_dq_kernel(
     lse,
     delta,
     dq,
+    dbias,
     q_offsets,
     k_offsets,
     positions,
     seed,
+    bias,
+    c2p,
+    p2c,
+    buckets,
     first_head,
     heads,
     sequences,
     queries,
     keys,
     window,
+    bias_furthest,
+    buckets_furthest,
     do_sequence,
     do_row,
     do_head,
@@ -112,6 +139,12 @@ def attention_dq_kernel(
     v_sequence,
     v_row,
     v_head,
+    c2p_sequence,
+    c2p_row,
+    c2p_head,
+    p2c_sequence,
+    p2c_row,
+    p2c_head,
     out_sequence,
     out_row,
     out_head,
@@ -131,7 +164,7 @@ def attention_dq_kernel(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes δ, which the dK, dV kernel reads, and dQ unless dq is None."""
+    """Writes δ, which the dK, dV kernel reads, and what is not None of dQ and a row of dbias, this program's."""
     sequence, tile = find_tile(q_offsets, sequences, BLOCK_M)
     first_row, queries = extent(q_offsets, sequence, queries)
     start, keys = extent(k_offsets, sequence, keys)
@@ -149,10 +182,21 @@ def attention_dq_kernel(
     delta_tile = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     statistic = head_of(first_row + tl.arange(0, BLOCK_M), lse_sequence, lse_head)
     tl.store(delta + statistic, delta_tile, mask=valid)
-    if dq is not None:
+    DQ: tl.constexpr = dq is not None
+    if DQ or dbias is not None:
         lse_tile = tl.load(lse + statistic, mask=valid, other=float("inf"))
         q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
         k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
+        if bias is not None:
+            bias += tl.program_id(1) * (2 * bias_furthest + 1)
+        if dbias is not None:
+            program = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            dbias += (program * tl.num_programs(1) + tl.program_id(1)) * (2 * bias_furthest + 1)
+        if c2p is not None:
+            c2p = head_of(c2p, c2p_sequence, c2p_head)
+            c2p = rows_of(c2p, first_row, c2p_row, first_row + queries - first_query - 1, BLOCK_M)[:, None]
+        if p2c is not None:
+            p2c = head_of(p2c, p2c_sequence, p2c_head)
         first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         begin, end, gap = inner, full, None
@@ -162,11 +206,13 @@ def attention_dq_kernel(
                 if window is not None:
                     gap = full - inner
             acc = _dq_tiles(
-                *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, seed, position, head, start, keys, offset),
-                *(begin, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold, keep_scale),
-                *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
+                *(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, bias, bias_furthest, c2p, p2c, buckets),
+                *(buckets_furthest, dbias, seed, position, lowest, highest, head, start, keys, offset, begin, end),
+                *(inner, gap, window, k_row, v_row, p2c_row, scale * LOG2E, threshold, keep_scale),
+                *(DQ, MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
             )
-        store_rows(head_of(dq, dq_sequence, dq_head), first_row, dq_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
+        if DQ:
+            store_rows(head_of(dq, dq_sequence, dq_head), first_row, dq_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -179,6 +225,12 @@ def _dkdv_tiles(
     do,
     lse,
     delta,
+    bias,
+    bias_furthest,
+    c2p,
+    p2c,
+    buckets,
+    buckets_furthest,
     seed,
     key,
     first_key,
@@ -194,6 +246,7 @@ def _dkdv_tiles(
     window,
     q_row,
     do_row,
+    c2p_row,
     scale,
     threshold,
     keep_scale,
@@ -218,7 +271,12 @@ def _dkdv_tiles(
         position = query
         if positions is not None:
             position = tl.load(positions + first_row + query, mask=valid, other=0)
-        s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale  # transposed: [keys, queries]
+        c2p_tile = None
+        if c2p is not None:
+            c2p_tile = rows_of(c2p, row, c2p_row, first_row + queries - 1, BLOCK_M)[None, :]
+        s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # transposed: [keys, queries]
+        ahead = key[:, None] - (position[None, :] + offset)
+        s = scores_of(s, ahead, scale, bias, bias_furthest, c2p_tile, p2c, buckets, buckets_furthest)
         p = tl.exp2(s - lse_tile[None, :])
         if MASKED:
             p = tl.where(sees(position[None, :] + offset, key[:, None], window, CAUSAL), p, 0.0)
@@ -250,12 +308,18 @@ def attention_dkdv_kernel(
     k_offsets,
     positions,
     seed,
+    bias,
+    c2p,
+    p2c,
+    buckets,
     first_head,
     heads,
     sequences,
     queries,
     keys,
     window,
+    bias_furthest,
+    buckets_furthest,
     do_sequence,
     do_row,
     do_head,
@@ -268,6 +332,12 @@ def attention_dkdv_kernel(
     v_sequence,
     v_row,
     v_head,
+    c2p_sequence,
+    c2p_row,
+    c2p_head,
+    p2c_sequence,
+    p2c_row,
+    p2c_head,
     dk_sequence,
     dk_row,
     dk_head,
@@ -303,6 +373,14 @@ def attention_dkdv_kernel(
     lse, delta = head_of(lse, lse_sequence, lse_head), head_of(delta, lse_sequence, lse_head)
     k_tile = load_rows(head_of(k, k_sequence, k_head), start, k_row, valid, True, HEAD_DIM, BLOCK_D)
     v_tile = load_rows(head_of(v, v_sequence, v_head), start, v_row, valid, True, HEAD_DIM, BLOCK_D)
+    if bias is not None:
+        bias += tl.program_id(1) * (2 * bias_furthest + 1)
+    if c2p is not None:
+        c2p = head_of(c2p, c2p_sequence, c2p_head)
+    if p2c is not None:
+        p2c = rows_of(head_of(p2c, p2c_sequence, p2c_head), start, p2c_row, start + keys - first_key - 1, BLOCK_N)[
+            :, None
+        ]
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     # Queries from `below` to `beyond` see all keys of the tile, some from `first` to `below` or up to `last` see a few.
@@ -322,13 +400,29 @@ def attention_dkdv_kernel(
             if window is not None:
                 gap = beyond - below
         dk_tile, dv_tile = _dkdv_tiles(
-            *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
-            *(queries, offset, begin, end, below, gap, window, q_row, do_row, scale * LOG2E, threshold, keep_scale),
+            *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, bias, bias_furthest, c2p, p2c, buckets),
+            *(
+                buckets_furthest,
+                seed,
+                key,
+                first_key,
+                head,
+                positions,
+                first_row,
+                queries,
+                offset,
+                begin,
+                end,
+                below,
+                gap,
+            ),
+            *(window, q_row, do_row, c2p_row, scale * LOG2E, threshold, keep_scale),
             *(True, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
         )
     dk_tile, dv_tile = _dkdv_tiles(
-        *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, seed, key, first_key, head, positions, first_row),
-        *(queries, offset, below, tl.minimum(beyond, queries), below, None, window, q_row, do_row, scale * LOG2E),
+        *(dk_tile, dv_tile, k_tile, v_tile, q, do, lse, delta, bias, bias_furthest, c2p, p2c, buckets),
+        *(buckets_furthest, seed, key, first_key, head, positions, first_row, queries, offset, below),
+        *(tl.minimum(beyond, queries), below, None, window, q_row, do_row, c2p_row, scale * LOG2E),
         *(threshold, keep_scale, False, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION),
     )
     if dk is not None:

@@ -16,6 +16,7 @@ from fasttune.kernels.attention_rows import (
     store_rows,
     tile_positions,
 )
+from fasttune.kernels.attention_terms import rows_of, scores_of
 from fasttune.kernels.philox import attention_drop_bits, dropped_weights
 
 
@@ -27,6 +28,12 @@ def _forward_tiles(
     q,
     k,
     v,
+    bias,
+    bias_furthest,
+    c2p,
+    p2c,
+    buckets,
+    buckets_furthest,
     seed,
     position,
     head,
@@ -40,6 +47,7 @@ def _forward_tiles(
     window,
     k_row,
     v_row,
+    p2c_row,
     scale,
     threshold,
     MASKED: tl.constexpr,
@@ -60,7 +68,12 @@ def _forward_tiles(
             tile_key = first_key + part * BLOCK_N
             key = tile_key + tl.arange(0, BLOCK_N)
             k_tile = load_rows(k, start + tile_key, k_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
-            s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
+            p2c_tile = None
+            if p2c is not None:
+                p2c_tile = rows_of(p2c, start + tile_key, p2c_row, start + keys - 1, BLOCK_N)[None, :]
+            s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+            ahead = key[None, :] - (position[:, None] + offset)
+            s = scores_of(s, ahead, scale, bias, bias_furthest, c2p, p2c_tile, buckets, buckets_furthest)
             if MASKED:
                 visible = (key < keys)[None, :]
                 if CAUSAL or window is not None:
@@ -91,12 +104,18 @@ def attention_forward_kernel(
     k_offsets,
     positions,
     seed,
+    bias,
+    c2p,
+    p2c,
+    buckets,
     first_head,
     heads,
     sequences,
     queries,
     keys,
     window,
+    bias_furthest,
+    buckets_furthest,
     q_sequence,
     q_row,
     q_head,
@@ -106,6 +125,12 @@ def attention_forward_kernel(
     v_sequence,
     v_row,
     v_head,
+    c2p_sequence,
+    c2p_row,
+    c2p_head,
+    p2c_sequence,
+    p2c_row,
+    p2c_head,
     out_sequence,
     out_row,
     out_head,
@@ -137,6 +162,13 @@ def attention_forward_kernel(
     q_tile = load_rows(head_of(q, q_sequence, q_head), first_row, q_row, valid, True, HEAD_DIM, BLOCK_D)
     k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
     first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
+    if bias is not None:
+        bias += tl.program_id(1) * (2 * bias_furthest + 1)
+    if c2p is not None:
+        c2p = head_of(c2p, c2p_sequence, c2p_head)
+        c2p = rows_of(c2p, first_row, c2p_row, first_row + queries - first_query - 1, BLOCK_M)[:, None]
+    if p2c is not None:
+        p2c = head_of(p2c, p2c_sequence, p2c_head)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -147,9 +179,9 @@ def attention_forward_kernel(
             if window is not None:
                 gap = full - inner
         acc, total, m = _forward_tiles(
-            *(acc, total, m, q_tile, k, v, seed, position, head, start, keys, offset),
-            *(begin, end, inner, gap, window, k_row, v_row, scale * LOG2E, threshold),
-            *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
+            *(acc, total, m, q_tile, k, v, bias, bias_furthest, c2p, p2c, buckets, buckets_furthest, seed, position),
+            *(head, start, keys, offset, begin, end, inner, gap, window, k_row, v_row, p2c_row),
+            *(scale * LOG2E, threshold, MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
         )
     seen = total > 0.0
     acc *= tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)[:, None]

@@ -42,9 +42,10 @@ class Kernel:
         names = re.findall(r"__nv_bfloat16|__half|float", self.arguments)
         if names:
             facts["dtype"] = DTYPES[names[-1]]
-        tiles = re.search(r"Tiles<\w+, \(?int\)?(\d+)>|Tiles<\w+, (\d+)>", self.arguments)
+        tiles = re.search(r"Tiles<\w+, (?:\(int\))?(\d+), (?:\(bool\))?(\w+)>", self.arguments)
         if tiles:
-            facts["head_dim"] = int(tiles[1] or tiles[2])
+            facts["head_dim"] = int(tiles[1])
+            facts["terms"] = tiles[2] in ("true", "1")
             facts["dropout"] = self.arguments.rstrip(">").rstrip().endswith(("true", "1"))
         return facts
 
@@ -144,9 +145,9 @@ def kernels(folder: Path, sass: bool = True) -> list[Kernel]:
             kernel.instructions = counts.get((kernel.target, name))
             facts = kernel.facts
             if "head_dim" in facts:
-                backward = kernel.kernel != "attention_forward_kernel"
+                which = {"attention_forward_kernel": 0, "attention_terms_kernel": 2}.get(kernel.kernel, 1)
                 code = DTYPE_CODES[str(facts["dtype"])]
-                kernel.shared += _cuda.library.attention_shared_bytes(code, facts["head_dim"], backward)
+                kernel.shared += _cuda.library.attention_shared_bytes(code, facts["head_dim"], which, facts["terms"])
             found.append(kernel)
     return found
 

@@ -65,7 +65,7 @@ def _attention(
         dropout_p = 0.1 if dropout else 0.0
         asked = Call(offsets, seed=seed, causal=causal, scale=head_dim**-0.5, dropout_p=dropout_p, window=window)
         out, lse = attention.forward(query, query, query, asked)
-        gradients = [torch.empty_like(query) for _ in range(3)]
+        gradients = [*(torch.empty_like(query) for _ in range(3)), None, None, None]
         attention.backward(out, (query, query, query, out, lse), gradients, asked)
 
     return call
@@ -81,7 +81,7 @@ def _chosen_queries(dtype: torch.dtype, head_dim: int, dropout: bool) -> Callabl
         variant = (new_seed() if dropout else None, True, head_dim**-0.5, 0.1 if dropout else 0.0)
         asked = Call(offsets, offsets, positions, None, *variant)
         out, lse = attention.forward(query, key, key, asked)
-        gradients = list(map(torch.empty_like, (query, key, key)))
+        gradients = [*map(torch.empty_like, (query, key, key)), None, None, None]
         attention.backward(out, (query, key, key, out, lse), gradients, asked)
 
     return call

@@ -1,19 +1,22 @@
-"""Queries behind the last key of their sequence, and what they must see: each sequence for itself, densely."""
+"""Queries behind the last key of their sequence or before its first one, and what they must see: each sequence for
+itself, densely."""
 
 import torch
 from torch import Tensor
 
 from fasttune.ops._reference.philox import attention_keep_mask, keep_scale
 
-LAST = 2**31 - 1  # the furthest position there can be
+FIRST, LAST = -(2**30), 2**31 - 1  # the furthest positions there can be
 
 # Number of keys of each sequence beside the positions of its queries: one at padding, one far away and more than a
-# tile of each; cross-attention, more queries than keys and fewer; no keys at all, one key; within, at the end, behind.
+# tile of each; cross-attention, more queries than keys and fewer; no keys at all, one key; within, at the end, behind;
+# before, at padding on the left, as more than a tile of them, and far away.
 CASES = {
     "at padding": ([5, 70, 40], [[5], [100, LAST], list(range(30, 140))]),
     "cross-attention": ([7, 150], [list(range(90)), list(range(20))]),
     "no key, one key": ([0, 1, 20], [[0, 9], [0, 1, 2], list(range(5, 45))]),
     "within and behind": ([130, 66], [[0, 63, 64, 128, 129, 130, 131, 500], [*range(40, 90, 2), 89, 89]]),
+    "before": ([5, 90, 70, 1], [[-3, -1], list(range(-20, 60)), [FIRST, -66, -1, 0, 40], [-2, -1, 0]]),
     "no key at all": ([0, 0], [[0], [3, 3]]),
 }
 

@@ -23,6 +23,22 @@ struct HeadRows {
   int64_t sequence = 0, row = 0, head = 0;
 };
 
+// Terms of the scores by the distance d = j - p of a key j and a query at place p, each null where it is not
+// there: score = scale (q k + c2p[p, b] + p2c[j, b]) + bias[d] with b = buckets[d], distances clamped to
+// those of the table.
+struct AttentionTerms {
+  const float* bias;  // (H, 2 bias_reach + 1)
+  int64_t bias_reach;
+  HeadRows c2p, p2c;       // rows of the queries and of the keys, `width` buckets for D
+  const int32_t* buckets;  // (2 buckets_reach + 1,)
+  int64_t width, buckets_reach;
+  float* dbias;  // backward only, like those of AttentionArgs
+  HeadRows dc2p, dp2c;
+
+  bool by_bucket() const { return c2p.data || p2c.data; }
+  bool any() const { return bias || by_bucket(); }
+};
+
 struct AttentionArgs {
   DType dtype;
   int64_t sequences, heads, head_dim;
@@ -32,9 +48,10 @@ struct AttentionArgs {
   // position in its sequence, never falling; or both null.
   const int64_t* query_offsets;
   const int32_t* positions;
-  bool causal;          // query i sees keys j <= i + K - Q, or j <= positions[i]
-  int64_t window;       // and those alone that are at most so far from there; -1 for any
-  float scale;          // of the scores
+  bool causal;     // query i sees keys j <= i + K - Q, or j <= positions[i]
+  int64_t window;  // and those alone that are at most so far from there; -1 for any
+  float scale;     // of the scores
+  AttentionTerms terms;
   DropoutSpec dropout;  // on the attention weights
   HeadRows query, key, value, out;
   float* lse;                           // log-sum-exp of the scores: dense (N, H, Q), packed (H, rows)

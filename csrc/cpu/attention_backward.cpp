@@ -21,6 +21,7 @@
 
 #include "cpu/simd/begin.h"
 #include "cpu/simd/attention.inc"
+#include "cpu/simd/attention_terms.inc"
 
 constexpr int64_t kBlock = kAttentionBlock;
 
@@ -29,6 +30,7 @@ struct BackwardTask {
   int64_t head, first_key, keys;
   float* partial;                  // (Q, ld) sums of dQ over segments; null where there is one segment
   std::atomic<int64_t>* finished;  // query blocks from this one on are done; [-1] is the segment before
+  float* dbias;                    // (2 reach + 1,) share of the bias's gradient, or null
 };
 
 struct BackwardScratch {
@@ -38,9 +40,11 @@ struct BackwardScratch {
   float *dkey, *dvalue;          // (segment, ld)
   float *weights, *dscores;      // (64, 64)
   KeptBits* kept;
+  float* diagonals;  // sums of dS by distance, as TermTables lays them out
 };
 
-inline int64_t carve(const AttentionArgs& args, int64_t segment, float* memory, BackwardScratch* s) {
+inline int64_t carve(const AttentionArgs& args, int64_t segment, const TermTables& tables, float* memory,
+                     BackwardScratch* s) {
   const int64_t ld = round_up(args.head_dim, kLanes);
   Carver carver{memory};
   for (float** block : {&s->query, &s->dout, &s->dquery}) *block = carver.take(kBlock * ld);
@@ -49,20 +53,27 @@ inline int64_t carve(const AttentionArgs& args, int64_t segment, float* memory, 
   for (float** keys : {&s->key_t, &s->value_t}) *keys = carver.take(segment * args.head_dim);
   for (float** square : {&s->weights, &s->dscores}) *square = carver.take(kBlock * kBlock);
   s->kept = reinterpret_cast<KeptBits*>(carver.take(sizeof(KeptBits) / sizeof(float)));
+  s->diagonals = carver.take(tables.of_bias.span());
   return carver.used;
 }
 
 // A tile of P and dS into `weights` (after dropout, without its scale) and `dscores`.
+template <bool kTerms>
 struct WeightTile {
   const BackwardScratch& s;
   const DropoutSpec& dropout;
   const float *key_t, *value_t;
   int64_t ld, head_dim, dropout_column;
   const Visible& visible;
+  const Addend& addend;
 
   template <int R, int V>
   void tile(int64_t row, int64_t column) const {
-    Tile<R, V> sum = zero_tile<R, V>();
+    Tile<R, V> sum;
+    if constexpr (kTerms)
+      sum = addend.tile<R, V>(row, column);
+    else
+      sum = zero_tile<R, V>();
     multiply<false>(s.query + row * ld, ld, key_t + column, kBlock, 0, head_dim, &sum);
     float* weights = s.weights + row * kBlock + column;
     float* dscores = s.dscores + row * kBlock + column;
@@ -106,13 +117,15 @@ struct WeightTile {
 };
 
 // One block of queries against one block of keys.
-inline void backward_block(const AttentionArgs& args, const BackwardScratch& s, int64_t rows, int64_t key,
-                           const Visible& visible, int64_t dropout_column) {
+template <bool kTerms>
+void backward_block(const AttentionArgs& args, const BackwardScratch& s, int64_t rows, int64_t key,
+                    const Visible& visible, int64_t dropout_column, const Addend& addend) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
   const int64_t keys = visible.keys;
   const Band band = visible.band();
-  const WeightTile weights{s,  args.dropout, s.key_t + key * head_dim, s.value_t + key * head_dim,
-                           ld, head_dim,     dropout_column,           visible};
+  const WeightTile<kTerms> weights{s,     args.dropout, s.key_t + key * head_dim, s.value_t + key * head_dim,
+                                   ld,    head_dim,     dropout_column,           visible,
+                                   addend};
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - row);
     const int64_t vectors = (visible.of_rows(row, count) + kLanes - 1) / kLanes;
@@ -189,7 +202,8 @@ void store_dquery(const AttentionArgs& args, const BackwardTask& task, int64_t f
 }
 
 template <class T>
-void backward_segment(const AttentionArgs& args, const BackwardTask& task, const BackwardScratch& s) {
+void backward_segment(const AttentionArgs& args, const BackwardTask& task, const TermTables& tables,
+                      const BackwardScratch& s) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes), keys = task.keys;
   const SequenceRange& sequence = task.sequence;
   const uint32_t sequence_head = static_cast<uint32_t>(sequence.index * args.heads + task.head);
@@ -203,6 +217,7 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
   }
   std::memset(s.dkey, 0, sizeof(float) * keys * ld);
   std::memset(s.dvalue, 0, sizeof(float) * keys * ld);
+  std::memset(s.diagonals, 0, sizeof(float) * tables.of_bias.span());
 
   // Backwards, so that under causality, where later segments meet fewer queries, all segments start together.
   for (int64_t first = (sequence.queries + kBlock - 1) / kBlock * kBlock - kBlock; first >= 0;
@@ -218,7 +233,14 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
       if (args.dropout.active() && (position % kDropoutBlock == 0 || key == begin))
         draw_kept_bits(args.dropout, sequence, first, rows, position, sequence_head, s.kept);
       const Visible visible = visible_keys(args, sequence, first, position, std::min(kBlock, keys - key));
-      backward_block(args, s, rows, key, visible, position % kDropoutBlock);
+      Addend addend;
+      if (!args.terms.any()) {
+        backward_block<false>(args, s, rows, key, visible, position % kDropoutBlock, addend);
+        continue;
+      }
+      make_addend(tables, sequence, task.head, first, rows, position, &addend);
+      backward_block<true>(args, s, rows, key, visible, position % kDropoutBlock, addend);
+      if (task.dbias) add_diagonals(s.dscores, rows, addend, position, tables.of_bias, s.diagonals);
     }
     store_dquery<T>(args, task, first, rows, seen, s);
   }
@@ -229,6 +251,23 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
   if (args.dvalue.data)
     unpack_rows(s.dvalue, ld, keys, head_dim, args.dropout.scale,
                 key_row<T>(args.dvalue, sequence, task.head, task.first_key), args.dvalue.row);
+  if (task.dbias) {
+    std::memset(task.dbias, 0, sizeof(float) * (2 * tables.of_bias.reach + 1));
+    for (int64_t i = 0; i < tables.of_bias.span(); ++i) task.dbias[tables.of_bias.entry(i)] += s.diagonals[i];
+  }
+}
+
+// The bias's gradient: the tasks' shares, in the order of the tasks.
+inline void sum_dbias(const AttentionArgs& args, const std::vector<BackwardTask>& tasks, int64_t reach) {
+  const int64_t entries = 2 * args.terms.bias_reach + 1;
+  parallel_for(args.heads, 1, [&](int64_t begin, int64_t end) FT_LAMBDA {
+    std::memset(args.terms.dbias + begin * entries, 0, sizeof(float) * (end - begin) * entries);
+    for (const BackwardTask& task : tasks) {
+      if (task.head < begin || task.head >= end) continue;
+      float* to = args.terms.dbias + task.head * entries + args.terms.bias_reach - reach;
+      for (int64_t i = 0; i <= 2 * reach; ++i) to[i] += task.dbias[i];
+    }
+  });
 }
 
 void attention_backward(const AttentionArgs& args) {
@@ -244,6 +283,9 @@ void attention_backward(const AttentionArgs& args) {
   }
   const int64_t segment = std::min(longest_segment, round_up(longest, kBlock));
 
+  const TermTables tables(args);
+  const int64_t dbias_entries = args.terms.dbias ? 2 * tables.of_bias.reach + 1 : 0;
+  const Scratch<float> dbias(static_cast<size_t>(segments * dbias_entries));
   const Scratch<float> partial(static_cast<size_t>(partial_rows * ld));
   std::vector<std::atomic<int64_t>> progress(static_cast<size_t>(segments));
   std::vector<BackwardTask> tasks;
@@ -258,19 +300,21 @@ void attention_backward(const AttentionArgs& args) {
         const int64_t keys = std::min(segment, sequence.keys - key);
         std::atomic<int64_t>* own = &progress[tasks.size()];
         own->store(std::numeric_limits<int64_t>::max(), std::memory_order_relaxed);
-        tasks.push_back({sequence, head, key, keys, split ? next_partial : nullptr, own});
+        float* own_dbias = dbias_entries ? dbias.get() + tasks.size() * dbias_entries : nullptr;
+        tasks.push_back({sequence, head, key, keys, split ? next_partial : nullptr, own, own_dbias});
         key += keys;
       } while (key < sequence.keys);
       if (split) next_partial += sequence.queries * ld;
     }
   }
   BackwardScratch scratch;
-  const int64_t floats = carve(args, segment, nullptr, &scratch);
+  const int64_t floats = carve(args, segment, tables, nullptr, &scratch);
   parallel_tasks(static_cast<int64_t>(tasks.size()), floats, [&](int64_t i, float* memory) FT_LAMBDA {
     BackwardScratch own;
-    carve(args, segment, memory, &own);
-    FASTTUNE_WITH_DTYPE(args.dtype, T, backward_segment<T>(args, tasks[i], own));
+    carve(args, segment, tables, memory, &own);
+    FASTTUNE_WITH_DTYPE(args.dtype, T, backward_segment<T>(args, tasks[i], tables, own));
   });
+  if (dbias_entries) sum_dbias(args, tasks, tables.of_bias.reach);
 }
 
 #include "cpu/simd/end.h"

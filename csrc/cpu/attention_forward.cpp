@@ -16,6 +16,7 @@
 
 #include "cpu/simd/begin.h"
 #include "cpu/simd/attention.inc"
+#include "cpu/simd/attention_terms.inc"
 
 constexpr int64_t kChunk = 512, kSegment = 512;
 constexpr float kSlack = 8.0f;
@@ -44,16 +45,22 @@ inline int64_t carve(const AttentionArgs& args, int64_t chunk, int64_t segment, 
   return carver.used;
 }
 
-// A tile of scores into `scores`.
+// A tile of scores into `scores`; with terms it starts from them.
+template <bool kTerms>
 struct ScoreTile {
   const float* query;
   int64_t ld, head_dim;
   const float* key_t;
   float* scores;
+  const Addend& addend;
 
   template <int R, int V>
   void tile(int64_t row, int64_t column) const {
-    Tile<R, V> sum = zero_tile<R, V>();
+    Tile<R, V> sum;
+    if constexpr (kTerms)
+      sum = addend.tile<R, V>(row, column);
+    else
+      sum = zero_tile<R, V>();
     multiply<false>(query + row * ld, ld, key_t + column, kBlock, 0, head_dim, &sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -93,11 +100,13 @@ inline void softmax_row(float* scores, int64_t vectors, int64_t from, int64_t vi
 }
 
 // One block of queries against one block of keys.
-inline void forward_block(const AttentionArgs& args, const ForwardScratch& s, int64_t chunk_row, int64_t rows,
-                          int64_t segment_key, const Visible& visible, int64_t dropout_column) {
+template <bool kTerms>
+void forward_block(const AttentionArgs& args, const ForwardScratch& s, int64_t chunk_row, int64_t rows,
+                   int64_t segment_key, const Visible& visible, int64_t dropout_column,
+                   const Addend& addend) {
   const int64_t ld = round_up(args.head_dim, kLanes);
-  const ScoreTile scores{s.query + chunk_row * ld, ld, args.head_dim, s.key_t + segment_key * args.head_dim,
-                         s.weights};
+  const ScoreTile<kTerms> scores{
+      s.query + chunk_row * ld, ld, args.head_dim, s.key_t + segment_key * args.head_dim, s.weights, addend};
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t count = std::min<int64_t>(kTileRows, rows - row);
     const int64_t from = visible.from_rows(row), widest = visible.of_rows(row, count);
@@ -123,7 +132,7 @@ inline void forward_block(const AttentionArgs& args, const ForwardScratch& s, in
 
 template <class T>
 void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int64_t head, int64_t first,
-                   int64_t count, int64_t segment, const ForwardScratch& s) {
+                   int64_t count, int64_t segment, const TermTables& tables, const ForwardScratch& s) {
   const int64_t head_dim = args.head_dim, ld = round_up(head_dim, kLanes);
   const uint32_t sequence_head = static_cast<uint32_t>(sequence.index * args.heads + head);
   pack_rows(query_row<const T>(args.query, sequence, head, first), args.query.row, count, head_dim,
@@ -149,7 +158,13 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
         if (args.dropout.active() && (key % kDropoutBlock == 0 || key == begin))
           draw_kept_bits(args.dropout, sequence, first + row, rows, key, sequence_head, s.kept);
         const Visible visible = visible_keys(args, sequence, first + row, key, std::min(kBlock, end - key));
-        forward_block(args, s, row, rows, key - start, visible, key % kDropoutBlock);
+        Addend addend;
+        if (args.terms.any()) {
+          make_addend(tables, sequence, head, first + row, rows, key, &addend);
+          forward_block<true>(args, s, row, rows, key - start, visible, key % kDropoutBlock, addend);
+        } else {
+          forward_block<false>(args, s, row, rows, key - start, visible, key % kDropoutBlock, addend);
+        }
       }
     }
   }
@@ -191,6 +206,7 @@ void attention_forward(const AttentionArgs& args) {
       for (int64_t first = 0; first < sequence.queries; first += chunk)
         tasks.push_back({sequence, head, first, std::min(chunk, sequence.queries - first)});
   }
+  const TermTables tables(args);
   ForwardScratch scratch;
   const int64_t floats = carve(args, chunk, segment, nullptr, &scratch);
   parallel_tasks(static_cast<int64_t>(tasks.size()), floats, [&](int64_t i, float* memory) FT_LAMBDA {
@@ -199,7 +215,7 @@ void attention_forward(const AttentionArgs& args) {
     const ForwardTask& task = tasks[i];
     FASTTUNE_WITH_DTYPE(
         args.dtype, T,
-        forward_chunk<T>(args, task.sequence, task.head, task.first, task.count, segment, own));
+        forward_chunk<T>(args, task.sequence, task.head, task.first, task.count, segment, tables, own));
   });
 }
 

@@ -237,15 +237,22 @@ typedef struct {
   fasttune_head_rows query, key, value, out;
   float*
       lse; /* log-sum-exp of the scores to base 2: dense (N, H, Q), packed (H, rows); inf: no key was seen */
+  /* Terms of the scores, by the distance of key and query, clamped to -furthest ... furthest, or null. */
+  int furthest;
+  const float* bias; /* (H, 2 furthest + 1), added to the scaled scores */
   /* Backward alone; a null gradient is not computed. */
   fasttune_head_rows dout, dquery, dkey, dvalue;
-  float* delta; /* like lse, scratch */
+  float* delta;         /* like lse, scratch */
+  float* dbias;         /* like bias */
+  float* dbias_partial; /* (partials, H, 2 furthest + 1), scratch */
+  int64_t partials;     /* at least 1, for any number the result is right */
 } fasttune_attention_args;
 const char* fasttune_cuda_attention_forward(const fasttune_attention_args*, void* stream);
 const char* fasttune_cuda_attention_backward(const fasttune_attention_args*, void* stream);
 
-/* Dynamic shared memory of the attention kernels in bytes, or -1 for arguments that they do not take. */
-int64_t fasttune_cuda_attention_shared_bytes(int dtype, int64_t head_dim, int backward);
+/* Dynamic shared memory of the attention kernels (forward, backward, the terms' gradients) in bytes, or -1
+ * for arguments that they do not take. */
+int64_t fasttune_cuda_attention_shared_bytes(int dtype, int64_t head_dim, int kernel, int terms);
 
 /* Why kernels cannot run on the current device, as a sentence part, or null. Needs no GPU to be called. */
 const char* fasttune_cuda_problem(void);

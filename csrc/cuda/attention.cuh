@@ -25,15 +25,16 @@ namespace fasttune::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-template <class T, int kDimension>
+template <class T, int kDimension, bool kWithTerms>
 struct Tiles {
-  static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr bool kIsFloat = sizeof(T) == 4, kTerms = kWithTerms;
   static constexpr int kDim = kDimension;
   static constexpr int kWarps = kIsFloat ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRows = 16 * kWarps;                             // that a block owns
-  static constexpr int kSteps = (kIsFloat ? 2048 : 4096) / kDimension;  // rows of a streamed tile
-  static constexpr int kStages = kIsFloat ? 1 : 2;                      // streamed tiles in shared memory
+  static constexpr int kRows = 16 * kWarps;  // that a block owns
+  // Rows of a streamed tile. The addresses of terms take registers, which fewer scores leave free.
+  static constexpr int kSteps = (kIsFloat || kTerms ? 2048 : 4096) / kDimension;
+  static constexpr int kStages = kIsFloat ? 1 : 2;  // streamed tiles in shared memory
   static constexpr int kPitch = kDimension + 16 / static_cast<int>(sizeof(T));
   static constexpr int kOwned = kRows * kPitch, kStreamed = kSteps * kPitch;  // elements of one tile
   static constexpr int kScratchPitch = kSteps + 4;
@@ -67,9 +68,8 @@ __device__ __forceinline__ int64_t offset_at(const fasttune_attention_args& args
 // offsets[s] / rows + s on, by the offsets of what the kernel owns: at least as many as it has, and the grid
 // needs no length but the total. The last such s is found by bisection; blocks without rows get tile -1.
 __device__ __forceinline__ Place locate(const fasttune_attention_args& args, int rows, int64_t tiles,
-                                        bool owns_keys) {
+                                        bool owns_keys, int64_t block) {
   Place at;
-  const int64_t block = blockIdx.x;
   int64_t tile = block % tiles;
   at.head = static_cast<int>(block / tiles % args.heads);
   at.sequence = block / tiles / args.heads;
@@ -149,6 +149,36 @@ __device__ __forceinline__ KeyRange keys_seen(const fasttune_attention_args& arg
     seen.last = max(0, min(at.keys - 1 - ahead, highest) + ahead + 1);
   }
   return seen;
+}
+
+// The first query of the sequence whose position is at least `position`; it need not exist.
+__device__ __forceinline__ int first_query_from(const Place& at, int position) {
+  if (!at.positions) return max(0, position);
+  int low = 0, high = at.queries;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (at.positions[middle] < position)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// The tiles of `size` queries that see one of the keys [first_key, first_key + rows): from first on, before
+// last.
+struct Steps {
+  int first, last;
+};
+
+__device__ __forceinline__ Steps queries_seeing(const fasttune_attention_args& args, const Place& at,
+                                                int first_key, int rows, int size) {
+  const int offset = place_offset(at);
+  int first = 0, last = at.queries;
+  if (args.causal || args.window >= 0)
+    first = first_query_from(at, first_key - sight_upper(args) - offset) / size;
+  if (args.window >= 0) last = min(at.queries, first_query_from(at, first_key + rows + args.window - offset));
+  return {first, divide_up(last, size)};
 }
 
 template <class T>
@@ -379,6 +409,28 @@ __device__ __forceinline__ uint32_t head_number(const fasttune_attention_args& a
   return static_cast<uint32_t>(at.sequence * args.heads + at.head);
 }
 
+// ----------------------------------------------------------------------------------------------------- terms
+
+// What stands in a head's scores beside q · k, by the distance of key and query: a bias.
+struct Terms {
+  const float* bias;
+
+  __device__ __forceinline__ Terms(const fasttune_attention_args& args, const Place& at)
+      : bias(args.bias + at.head * (2 * static_cast<int64_t>(args.furthest) + 1)) {}
+
+  // The score, to base 2, of a query at `place` among the keys. Rows that do not exist have one too.
+  __device__ __forceinline__ float score(const fasttune_attention_args& args, float product, int place,
+                                         int key) const {
+    const int distance = min(max(key - place, -args.furthest), args.furthest) + args.furthest;
+    return fmaf(bias[distance], kLog2e, product * (args.scale * kLog2e));
+  }
+};
+
+inline bool has_terms(const fasttune_attention_args& args) { return args.bias; }
+
+// Enqueues attention_terms.cu: the gradients of the terms. Returns null or what went wrong.
+const char* attention_terms_backward(const fasttune_attention_args& args, void* stream);
+
 // Dynamic shared memory in bytes: two owned tiles (forward: one), two streamed ones in every stage, the
 // scratch.
 template <class P, class T>
@@ -387,13 +439,23 @@ constexpr size_t shared_bytes(bool backward) {
          ((backward ? 2 : 1) * P::kOwned + 2 * P::kStages * P::kStreamed + P::kWarps * P::kScratch);
 }
 
-// Calls body(tile type) for the element type and head dimension of the arguments.
+// The terms' gradients: without scratch, but with a float32 tile of dS, whose pitch is odd so that the
+// elements of a column lie in different banks, too.
+template <class P>
+constexpr int kTermsPitch = P::kSteps + 1;
+
+template <class P, class T>
+constexpr size_t terms_shared_bytes() {
+  return sizeof(T) * 2 * (P::kOwned + P::kStages * P::kStreamed) + sizeof(float) * P::kRows * kTermsPitch<P>;
+}
+
+// Calls body(tile type, element).
 template <class Body>
-const char* with_tiles(const fasttune_attention_args& args, const Body& body) {
-  if (args.head_dim < 1 || args.head_dim > 128) return "the head dimension is not between 16 and 128";
-  FASTTUNE_WITH_CUDA_DTYPE(args.dtype, T, {
-    if (args.head_dim <= 64) return body(Tiles<T, 64>(), T());
-    return body(Tiles<T, 128>(), T());
+const char* with_tiles(int dtype, int64_t head_dim, bool terms, const Body& body) {
+  if (head_dim < 1 || head_dim > 128) return "the head dimension is not between 16 and 128";
+  FASTTUNE_WITH_CUDA_DTYPE(dtype, T, {
+    if (terms) return head_dim <= 64 ? body(Tiles<T, 64, true>(), T()) : body(Tiles<T, 128, true>(), T());
+    return head_dim <= 64 ? body(Tiles<T, 64, false>(), T()) : body(Tiles<T, 128, false>(), T());
   });
   return nullptr;
 }

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
   T* v_tiles = k_tiles + P::kStages * P::kStreamed;
   T* scratch = v_tiles + P::kStages * P::kStreamed + warp_index() * P::kScratch;
 
-  const Place at = locate(args, P::kRows, tiles, false);
+  const Place at = locate(args, P::kRows, tiles, false, blockIdx.x);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
   const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows;
@@ -123,9 +123,13 @@ __global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        float p = exp2f(fmaf(s[j][i], scale, -lse[i / 2]));
+        const int key = first_key + 8 * j + 2 * t + i % 2;
+        float p;
+        if constexpr (P::kTerms)
+          p = exp2f(Terms(args, at).score(args, s[j][i], position[i / 2] + offset, key) - lse[i / 2]);
+        else
+          p = exp2f(fmaf(s[j][i], scale, -lse[i / 2]));
         if (masked) {
-          const int key = first_key + 8 * j + 2 * t + i % 2;
           if (key >= keys || hidden(args, position[i / 2] + offset, key)) p = 0.0f;
         }
         if constexpr (kDropout) dp[j][i] = dropped(first_key, j, i) ? 0.0f : dp[j][i] * dropout.scale;
@@ -142,20 +146,6 @@ __global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
 }
 
 // ---------------------------------------------------------------------------------------------------- dK, dV
-
-// The first query of the sequence whose position is at least `position`; it need not exist.
-__device__ __forceinline__ int first_query_from(const Place& at, int position) {
-  if (!at.positions) return max(0, position);
-  int low = 0, high = at.queries;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (at.positions[middle] < position)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
 
 // Two blocks on a multiprocessor: left to itself the assembler aims at three on some architectures, and
 // spills.
@@ -175,18 +165,14 @@ __global__ void __launch_bounds__(P::kThreads, 2)
   T* do_tiles = q_tiles + P::kStages * P::kStreamed;
   T* scratch = do_tiles + P::kStages * P::kStreamed + warp_index() * P::kScratch;
 
-  const Place at = locate(args, P::kRows, tiles, true);
+  const Place at = locate(args, P::kRows, tiles, true, blockIdx.x);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
   const int first_key = at.tile * P::kRows, offset = place_offset(at);
   const T* q_head = query_rows<T>(args.query, args, at);
   const T* do_head = query_rows<T>(args.dout, args, at);
-  int first_step = 0, last_query = queries;
-  if (args.causal || args.window >= 0)
-    first_step = first_query_from(at, first_key - sight_upper(args) - offset) / P::kSteps;
-  if (args.window >= 0)
-    last_query = min(queries, first_query_from(at, first_key + P::kRows + args.window - offset));
-  const int steps = divide_up(last_query, P::kSteps);
+  const Steps seeing = queries_seeing(args, at, first_key, P::kRows, P::kSteps);
+  const int first_step = seeing.first, steps = seeing.last;
 
   const auto stream = [&](int step) {
     const int stage = step % P::kStages, first = step * P::kSteps;
@@ -258,9 +244,12 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int column = 8 * j + 2 * t + i % 2;
-        p[j][i] = exp2f(fmaf(p[j][i], scale, -lse[column]));
-        if (masked && hidden(args, position[column] + offset, warp_key + g + i / 2 * 8)) p[j][i] = 0.0f;
+        const int column = 8 * j + 2 * t + i % 2, key = warp_key + g + i / 2 * 8;
+        if constexpr (P::kTerms)
+          p[j][i] = exp2f(Terms(args, at).score(args, p[j][i], position[column] + offset, key) - lse[column]);
+        else
+          p[j][i] = exp2f(fmaf(p[j][i], scale, -lse[column]));
+        if (masked && hidden(args, position[column] + offset, key)) p[j][i] = 0.0f;
       }
     }
     if constexpr (kDropout) {
@@ -304,34 +293,37 @@ __global__ void __launch_bounds__(P::kThreads, 2)
 
 extern "C" const char* fasttune_cuda_attention_backward(const fasttune_attention_args* args, void* stream) {
   using namespace fasttune::cuda;
-  return with_tiles(*args, [&](auto shape, auto element) -> const char* {
-    using P = decltype(shape);
-    using T = decltype(element);
-    // float32 has one variant, which may drop nothing: it would take as long to compile as all others.
-    const bool with_dropout = P::kIsFloat || args->dropout.seed;
-    const auto fits = [&](const fasttune_head_rows& rows) {
-      return !rows.data || in_vectors(rows, args->head_dim, sizeof(T));
-    };
-    const bool vectors = fits(args->query) && fits(args->key) && fits(args->value) && fits(args->dout);
-    const bool out_vectors = fits(args->dquery) && fits(args->dkey) && fits(args->dvalue);
-    const size_t shared = shared_bytes<P, T>(true);
-    const int64_t rows = (args->offsets ? 1 : args->sequences) * args->heads * args->queries;
-    const char* problem = launch(attention_delta_kernel<T>, divide_up<int64_t>(rows, kDeltaWarps),
-                                 kDeltaWarps * kWarp, 0, stream, *args);
-    if (!problem && args->dquery.data) {
-      const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
-      const auto kernel =
-          with_dropout ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, P::kIsFloat>;
-      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
-                       out_vectors);
-    }
-    if (!problem && (args->dkey.data || args->dvalue.data)) {
-      const int64_t tiles = tiles_of(*args, args->keys, P::kRows);
-      const auto kernel =
-          with_dropout ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, P::kIsFloat>;
-      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
-                       out_vectors);
-    }
-    return problem;
-  });
+  return with_tiles(
+      args->dtype, args->head_dim, has_terms(*args), [&](auto shape, auto element) -> const char* {
+        using P = decltype(shape);
+        using T = decltype(element);
+        // float32 and terms have one variant, which may drop nothing: they would take as long to compile as
+        // all others.
+        constexpr bool kEither = P::kIsFloat || P::kTerms;
+        const bool with_dropout = kEither || args->dropout.seed;
+        const auto fits = [&](const fasttune_head_rows& rows) {
+          return !rows.data || in_vectors(rows, args->head_dim, sizeof(T));
+        };
+        const bool vectors = fits(args->query) && fits(args->key) && fits(args->value) && fits(args->dout);
+        const bool out_vectors = fits(args->dquery) && fits(args->dkey) && fits(args->dvalue);
+        const size_t shared = shared_bytes<P, T>(true);
+        const int64_t rows = (args->offsets ? 1 : args->sequences) * args->heads * args->queries;
+        const char* problem = launch(attention_delta_kernel<T>, divide_up<int64_t>(rows, kDeltaWarps),
+                                     kDeltaWarps * kWarp, 0, stream, *args);
+        if (!problem && args->dquery.data) {
+          const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
+          const auto kernel =
+              with_dropout ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, kEither>;
+          problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles,
+                           vectors, out_vectors);
+        }
+        if (!problem && (args->dkey.data || args->dvalue.data)) {
+          const int64_t tiles = tiles_of(*args, args->keys, P::kRows);
+          const auto kernel =
+              with_dropout ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, kEither>;
+          problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles,
+                           vectors, out_vectors);
+        }
+        return problem ? problem : attention_terms_backward(*args, stream);
+      });
 }

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks)
   T* v_tiles = k_tiles + P::kStages * P::kStreamed;
   T* scratch = v_tiles + P::kStages * P::kStreamed + warp_index() * P::kScratch;
 
-  const Place at = locate(args, P::kRows, tiles, false);
+  const Place at = locate(args, P::kRows, tiles, false, blockIdx.x);
   if (at.tile < 0) return;
   const int head_dim = static_cast<int>(args.head_dim), keys = at.keys, queries = at.queries;
   const int first_query = (divide_up(queries, P::kRows) - 1 - at.tile) * P::kRows;
@@ -90,9 +90,12 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks)
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        s[j][i] *= scale;
+        const int key = first_key + 8 * j + 2 * t + i % 2;
+        if constexpr (P::kTerms)
+          s[j][i] = Terms(args, at).score(args, s[j][i], position[i / 2] + offset, key);
+        else
+          s[j][i] *= scale;
         if (masked) {
-          const int key = first_key + 8 * j + 2 * t + i % 2;
           if (key >= keys || hidden(args, position[i / 2] + offset, key)) s[j][i] = -INFINITY;
         }
       }
@@ -154,32 +157,34 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks)
 
 extern "C" const char* fasttune_cuda_attention_forward(const fasttune_attention_args* args, void* stream) {
   using namespace fasttune::cuda;
-  return with_tiles(*args, [&](auto shape, auto element) -> const char* {
-    using P = decltype(shape);
-    using T = decltype(element);
-    // float32 has one variant, which may drop nothing: it would take as long to compile as all others.
-    const bool with_dropout = P::kIsFloat || args->dropout.seed;
-    const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
-    const size_t shared = shared_bytes<P, T>(false);
-    const bool vectors = in_vectors(args->query, args->head_dim, sizeof(T)) &&
-                         in_vectors(args->key, args->head_dim, sizeof(T)) &&
-                         in_vectors(args->value, args->head_dim, sizeof(T));
-    const bool out_vectors = in_vectors(args->out, args->head_dim, sizeof(T));
-    const auto kernel =
-        with_dropout ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, P::kIsFloat>;
-    return launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
-                  out_vectors);
-  });
+  return with_tiles(
+      args->dtype, args->head_dim, has_terms(*args), [&](auto shape, auto element) -> const char* {
+        using P = decltype(shape);
+        using T = decltype(element);
+        // float32 and terms have one variant, which may drop nothing: they would take as long to compile as
+        // all others.
+        constexpr bool kEither = P::kIsFloat || P::kTerms;
+        const bool with_dropout = kEither || args->dropout.seed;
+        const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
+        const size_t shared = shared_bytes<P, T>(false);
+        const bool vectors = in_vectors(args->query, args->head_dim, sizeof(T)) &&
+                             in_vectors(args->key, args->head_dim, sizeof(T)) &&
+                             in_vectors(args->value, args->head_dim, sizeof(T));
+        const bool out_vectors = in_vectors(args->out, args->head_dim, sizeof(T));
+        const auto kernel =
+            with_dropout ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, kEither>;
+        return launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
+                      out_vectors);
+      });
 }
 
-extern "C" int64_t fasttune_cuda_attention_shared_bytes(int dtype, int64_t head_dim, int backward) {
+extern "C" int64_t fasttune_cuda_attention_shared_bytes(int dtype, int64_t head_dim, int kernel, int terms) {
   using namespace fasttune::cuda;
-  fasttune_attention_args args{};
-  args.dtype = dtype;
-  args.head_dim = head_dim;
   int64_t bytes = -1;
-  with_tiles(args, [&](auto shape, auto element) -> const char* {
-    bytes = static_cast<int64_t>(shared_bytes<decltype(shape), decltype(element)>(backward != 0));
+  with_tiles(dtype, head_dim, terms != 0, [&](auto shape, auto element) -> const char* {
+    using P = decltype(shape);
+    using T = decltype(element);
+    bytes = static_cast<int64_t>(kernel == 2 ? terms_shared_bytes<P, T>() : shared_bytes<P, T>(kernel != 0));
     return nullptr;
   });
   return bytes;

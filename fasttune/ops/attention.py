@@ -33,7 +33,8 @@ from fasttune.ops._reference.attention import attention as attention_reference
 # query, out (R, H, D), lse (H, R), cu_seqlens_q (N + 1,), positions_q (R,) int32. bias (H, 2 R + 1); c2p like query and
 # p2c like key, with W buckets for D; buckets (2 R + 1,).
 
-_TERMS: dict[str, tuple[str, ...]] = {}  # of the scores, that a backend's kernels take
+# Terms of the scores that a backend's kernels take.
+_TERMS = {"cpp": ("bias",), "triton": ("bias",), "cuda": ("bias",)}
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the kernels; other head sizes run on the torch backend
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -65,7 +66,11 @@ def _backward_of(run: Callable[..., None]) -> Callable[..., Gradients]:
     ) -> Gradients:
         *call, needed = rest
         gradients = _fake_backward(dout, query, key, value, out, lse, *rest)
-        wanted: list[Any] = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+        there = (query, key, value, *(call[place] for place in LEARNED))
+        wanted: list[Any] = [
+            gradient if need and x is not None else None
+            for gradient, need, x in zip(gradients, needed, there, strict=True)
+        ]
         if key is None:
             wanted[:3] = gradients[0].unbind(-3)
         run(dout, (*_parts(query, key, value), out, lse), wanted, Call(*call))

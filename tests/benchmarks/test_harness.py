@@ -68,7 +68,7 @@ def test_needed_products_are_those_of_a_stock_step(name, batch):
     ("name", "head"),
     [
         *(("distilbert", "classification"), ("albert", "classification"), ("modernbert", "classification")),
-        *(("modernbert", "mlm"), ("esm", "mlm")),
+        *(("mpnet", "classification"), ("modernbert", "mlm"), ("esm", "mlm")),
     ],
 )
 def test_needed_products_of_encoders_are_those_of_a_stock_step(name, head):

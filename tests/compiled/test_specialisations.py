@@ -33,7 +33,7 @@ def attention_step(batch, tokens, packed=False):
     offsets = empty(batch + 1, dtype=torch.int32) if packed else None
     call = Call(offsets, seed=new_seed(), causal=True, scale=0.125, dropout_p=0.1)
     out, lse = attention.forward(query, query, query, call)
-    gradients = [torch.empty_like(query) for _ in range(3)]
+    gradients = [*(torch.empty_like(query) for _ in range(3)), None, None, None]
     attention.backward(out, (query, query, query, out, lse), gradients, call)
 
 
@@ -43,7 +43,7 @@ def attention_of_chosen_queries(batch, tokens):
     offsets, positions = empty(batch + 1, dtype=torch.int32), empty(chosen, dtype=torch.int32)
     call = Call(offsets, offsets, positions, None, new_seed(), True, 0.125, 0.1)
     out, lse = attention.forward(query, key, key, call)
-    gradients = list(map(torch.empty_like, (query, key, key)))
+    gradients = [*map(torch.empty_like, (query, key, key)), None, None, None]
     attention.backward(out, (query, key, key, out, lse), gradients, call)
 
 
@@ -51,7 +51,7 @@ def attention_of_views(batch, tokens):
     qkv = empty(batch, tokens, 3, 12, 64, dtype=DTYPE)
     call = Call(scale=0.125)
     out, lse = attention.forward(*qkv.unbind(-3), call)
-    attention.backward(out, (*qkv.unbind(-3), out, lse), torch.empty_like(qkv).unbind(-3), call)
+    attention.backward(out, (*qkv.unbind(-3), out, lse), [*torch.empty_like(qkv).unbind(-3), None, None, None], call)
 
 
 def norms(batch, tokens):

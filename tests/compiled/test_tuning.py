@@ -85,7 +85,7 @@ def test_attention_asks_for_each_kernel_and_never_for_a_batch(tuned, monkeypatch
         query = gpu_cases.empty(batch, 64, 2, 64, dtype=torch.bfloat16)
         asked = Call(causal=True, scale=0.125)
         out, lse = attention.forward(query, query, query, asked)
-        gradients = [torch.empty_like(query) for _ in range(3)]
+        gradients = [*(torch.empty_like(query) for _ in range(3)), None, None, None]
         attention.backward(out, (query, query, query, out, lse), gradients, asked)
 
     aot.specialisations(lambda: step(2), "sm90")

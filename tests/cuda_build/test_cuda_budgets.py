@@ -27,6 +27,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
     names = {kernel.kernel for kernel in kernels}
     assert names == {
         *("attention_forward_kernel", "attention_delta_kernel", "attention_dq_kernel", "attention_dkdv_kernel"),
+        "attention_terms_kernel",
         *("layer_norm_kernel", "layer_norm_backward_kernel", "column_sums_kernel"),
         *("activation_kernel", "activation_backward_kernel", "dropout_kernel"),
         *("cross_entropy_kernel", "cross_entropy_backward_kernel", "loss_sum_kernel"),

@@ -136,8 +136,8 @@ def test_bad_input_is_named():
         call(cu_seqlens_q=None)
     with pytest.raises(ValueError, match=r"cu_seqlens_q runs from 0 to 5; expected 0 to 4, the rows of query"):
         call(cu_seqlens_q=torch.tensor([0, 0, 1, 5]))
-    with pytest.raises(ValueError, match=r"positions_q is -1 at row 0; expected a position counted from 0, below 2"):
-        call(positions_q=torch.tensor([-1, 0, 1, 2]))
+    with pytest.raises(ValueError, match=r"positions_q is -1073741825 at row 0; expected a position counted from the"):
+        call(positions_q=torch.tensor([-(2**30) - 1, 0, 1, 2]))
     with pytest.raises(ValueError, match=r"positions_q is 2147483648 at row 0; expected"):
         call(positions_q=torch.tensor([2**31, 0, 1, 2]))
     with pytest.raises(ValueError, match=r"positions_q goes from 1 to 0 at row 3; expected positions that never"):

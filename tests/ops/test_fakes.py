@@ -23,7 +23,7 @@ def operators():
     linear = (x, classes, target, class_bias, None)
     log_prob = (x, classes, target, class_bias, torch.rand(ROWS, 3), 0.5, -100)
     packed = [torch.randn(2, 7, 3, 16) for _ in range(3)]
-    call = Call(scale=0.25)
+    call = Call(scale=0.25, bias=torch.randn(3, 5))
     out, lse = library.attention(*packed, *call, FUSED)
     attention = (torch.randn(2, 7, 3, 16), *packed, out, lse, *call)
     maximum = (torch.randn(2, CLASSES).bfloat16(), x, classes, class_bias, torch.tensor([0, 2, ROWS]))
@@ -38,7 +38,7 @@ def operators():
         "linear_cross_entropy_backward": ((torch.rand(ROWS), *linear, -100, 0.0), 3),
         "linear_log_prob_backward": ((torch.rand(ROWS), None, torch.rand(ROWS), None, *log_prob), 3),
         "linear_max_backward": ((*maximum, library.linear_max(*maximum[1:], FUSED)[1]), 3),
-        "attention_backward": (attention, 3),
+        "attention_backward": (attention, 6),
     }
 
 

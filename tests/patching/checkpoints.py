@@ -30,6 +30,7 @@ _LARGE = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 1
 _MINILM = {"hidden_size": 384, "intermediate_size": 1536}  # 12 heads of 32
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _XLMR = _ROBERTA | {"vocab_size": 250002}
+_MPNET = {"max_position_embeddings": 514, "layer_norm_eps": 1e-5}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 _BERT = [
@@ -242,6 +243,19 @@ _DISTILBERTS = [
     *_of("distilbert", "ForQuestionAnswering", "distilbert/distilbert-base-cased-distilled-squad", vocab_size=28996),
 ]
 
+_MPNETS = [
+    *_of("mpnet", "ForMaskedLM", "microsoft/mpnet-base", **_MPNET),
+    *_of(
+        "mpnet",
+        "",
+        "sentence-transformers/all-mpnet-base-v1 sentence-transformers/all-mpnet-base-v2"
+        " sentence-transformers/multi-qa-mpnet-base-dot-v1 sentence-transformers/multi-qa-mpnet-base-cos-v1"
+        " sentence-transformers/paraphrase-mpnet-base-v2 sentence-transformers/nli-mpnet-base-v2"
+        " sentence-transformers/stsb-mpnet-base-v2",
+        **_MPNET,
+    ),
+]
+
 # The second version's activation (GELU by tanh) and dropout (none) are the defaults of the class.
 _ALBERTS = [
     *_of(
@@ -395,6 +409,7 @@ CHECKPOINTS = [
     *_CAMEMBERTS,
     *_ELECTRAS,
     *_DISTILBERTS,
+    *_MPNETS,
     *_ALBERTS,
     *_MODERNBERTS,
     *_ESMS,

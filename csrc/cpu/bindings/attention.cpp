@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 
 #include "cpu/bindings/bindings.h"
 
@@ -15,10 +16,28 @@ HeadRows head_rows(const Rows& rows) {
   return {pointer<void>(static_cast<Address>(rows[0])), rows[1], rows[2], rows[3]};
 }
 
+// Addresses of bias and buckets, rows of c2p and p2c, number of buckets, furthest distances of bias and
+// buckets.
+using Terms = std::tuple<Address, Address, Rows, Rows, int64_t, int64_t, int64_t>;
+
+AttentionTerms attention_terms(const Terms& given) {
+  const auto& [bias, buckets, c2p, p2c, width, bias_reach, buckets_reach] = given;
+  AttentionTerms terms{};
+  terms.bias = pointer<const float>(bias);
+  terms.bias_reach = bias_reach;
+  terms.c2p = head_rows(c2p);
+  terms.p2c = head_rows(p2c);
+  terms.buckets = pointer<const int32_t>(buckets);
+  terms.width = width;
+  terms.buckets_reach = buckets_reach;
+  return terms;
+}
+
 using Offsets = std::array<Address, 3>;  // of the keys; of the queries and their positions, or 0 and 0
 
-AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, const Offsets& offsets, bool causal,
-                        int64_t window, double scale, Address seed, double dropout_p) {
+AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, const Offsets& offsets,
+                        const Terms& terms, bool causal, int64_t window, double scale, Address seed,
+                        double dropout_p) {
   AttentionArgs args{};
   args.dtype = static_cast<DType>(dtype);
   args.sequences = sizes[0];
@@ -32,6 +51,7 @@ AttentionArgs make_args(int dtype, const std::array<int64_t, 5>& sizes, const Of
   args.causal = causal;
   args.window = window;
   args.scale = static_cast<float>(scale);
+  args.terms = attention_terms(terms);
   args.dropout = make_dropout(read_seed(seed), dropout_p);
   return args;
 }
@@ -43,9 +63,9 @@ void bind_attention(pybind11::module_& module) {
   module.def(
       "attention_forward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
-         const Rows& value, const Rows& out, Address lse, const Offsets& offsets, bool causal, int64_t window,
-         double scale, Address seed, double dropout_p) {
-        AttentionArgs args = make_args(dtype, sizes, offsets, causal, window, scale, seed, dropout_p);
+         const Rows& value, const Rows& out, Address lse, const Offsets& offsets, const Terms& terms,
+         bool causal, int64_t window, double scale, Address seed, double dropout_p) {
+        AttentionArgs args = make_args(dtype, sizes, offsets, terms, causal, window, scale, seed, dropout_p);
         args.query = head_rows(query);
         args.key = head_rows(key);
         args.value = head_rows(value);
@@ -58,9 +78,10 @@ void bind_attention(pybind11::module_& module) {
       "attention_backward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
-         const Rows& dkey, const Rows& dvalue, const Offsets& offsets, bool causal, int64_t window,
-         double scale, Address seed, double dropout_p) {
-        AttentionArgs args = make_args(dtype, sizes, offsets, causal, window, scale, seed, dropout_p);
+         const Rows& dkey, const Rows& dvalue, Address dbias, const Rows& dc2p, const Rows& dp2c,
+         const Offsets& offsets, const Terms& terms, bool causal, int64_t window, double scale, Address seed,
+         double dropout_p) {
+        AttentionArgs args = make_args(dtype, sizes, offsets, terms, causal, window, scale, seed, dropout_p);
         args.query = head_rows(query);
         args.key = head_rows(key);
         args.value = head_rows(value);
@@ -70,6 +91,9 @@ void bind_attention(pybind11::module_& module) {
         args.dquery = head_rows(dquery);
         args.dkey = head_rows(dkey);
         args.dvalue = head_rows(dvalue);
+        args.terms.dbias = pointer<float>(dbias);
+        args.terms.dc2p = head_rows(dc2p);
+        args.terms.dp2c = head_rows(dp2c);
         attention_backward(args);
       },
       without_gil);

@@ -27,6 +27,9 @@ using Address = uintptr_t;               // 0 stands for a tensor that is not th
 using Rows = std::array<int64_t, 4>;     // address and strides of sequence, row and head
 using Offsets = std::array<Address, 3>;  // cu_seqlens, cu_seqlens_q, positions_q
 
+// Terms of attention's scores: furthest distance of the tables, bias.
+using Terms = std::array<int64_t, 2>;
+
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
@@ -113,7 +116,8 @@ void layer_norm_backward(int dtype, int x_dtype, int weight_dtype, int bias_dtyp
 fasttune_attention_args attention_args(int dtype, const std::array<int64_t, 5>& sizes, const Rows& query,
                                        const Rows& key, const Rows& value, const Rows& out, Address lse,
                                        const Offsets& offsets, bool offsets_are_64_bit, bool causal,
-                                       int window, double scale, Address seed, double dropout_p) {
+                                       int window, double scale, Address seed, double dropout_p,
+                                       const Terms& terms) {
   fasttune_attention_args args{};
   args.dtype = dtype;
   args.sequences = sizes[0];
@@ -134,6 +138,8 @@ fasttune_attention_args attention_args(int dtype, const std::array<int64_t, 5>& 
   args.value = head_rows(value);
   args.out = head_rows(out);
   args.lse = pointer<float>(lse);
+  args.furthest = static_cast<int>(terms[0]);
+  args.bias = pointer<const float>(static_cast<Address>(terms[1]));
   return args;
 }
 
@@ -342,10 +348,11 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
       "attention_forward",
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Offsets& offsets, bool offsets_are_64_bit,
-         bool causal, int window, double scale, Address seed, double dropout_p, Address stream) {
+         bool causal, int window, double scale, Address seed, double dropout_p, const Terms& terms,
+         Address stream) {
         const fasttune_attention_args args =
             attention_args(dtype, sizes, query, key, value, out, lse, offsets, offsets_are_64_bit, causal,
-                           window, scale, seed, dropout_p);
+                           window, scale, seed, dropout_p, terms);
         check(fasttune_cuda_attention_forward(&args, pointer<void>(stream)));
       },
       without_gil);
@@ -354,15 +361,19 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
       [](int dtype, const std::array<int64_t, 5>& sizes, const Rows& query, const Rows& key,
          const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
          const Rows& dkey, const Rows& dvalue, Address delta, const Offsets& offsets, bool offsets_are_64_bit,
-         bool causal, int window, double scale, Address seed, double dropout_p, Address stream) {
+         bool causal, int window, double scale, Address seed, double dropout_p, const Terms& terms,
+         Address dbias, Address dbias_partial, int64_t partials, Address stream) {
         fasttune_attention_args args =
             attention_args(dtype, sizes, query, key, value, out, lse, offsets, offsets_are_64_bit, causal,
-                           window, scale, seed, dropout_p);
+                           window, scale, seed, dropout_p, terms);
         args.dout = head_rows(dout);
         args.dquery = head_rows(dquery);
         args.dkey = head_rows(dkey);
         args.dvalue = head_rows(dvalue);
         args.delta = pointer<float>(delta);
+        args.dbias = pointer<float>(dbias);
+        args.dbias_partial = pointer<float>(dbias_partial);
+        args.partials = partials;
         check(fasttune_cuda_attention_backward(&args, pointer<void>(stream)));
       },
       without_gil);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from fasttune.ops._cpp import DTYPE_CODES, address
 # Shape legend: as in fasttune/ops/attention.py.
 
 
+BLOCKS = 4  # that add up gradients of terms, for each multiprocessor
+
+
 def _description(call: Call) -> tuple[list[Tensor | None], tuple[Any, ...]]:
     """What the library reads of a call behind the tensors: both offsets in one dtype, positions int32; whether the
-    offsets are int64, and the variant."""
+    offsets are int64, the variant, and the terms."""
     cu_seqlens, cu_seqlens_q, positions_q = call.cu_seqlens, call.cu_seqlens_q, call.positions_q
     if cu_seqlens_q is not None and positions_q is not None:
         assert cu_seqlens is not None
@@ -24,7 +28,9 @@ def _description(call: Call) -> tuple[list[Tensor | None], tuple[Any, ...]]:
     wide = cu_seqlens is not None and cu_seqlens.dtype == torch.int64
     offsets = [_cuda.contiguous(part) for part in (cu_seqlens, cu_seqlens_q, positions_q)]
     window = -1 if call.window is None else call.window
-    return offsets, (wide, call.causal, window, call.scale, address(call.seed), call.dropout_p)
+    furthest = 0 if call.bias is None else call.bias.shape[1] // 2
+    terms = (furthest, address(call.bias))
+    return offsets, (wide, call.causal, window, call.scale, address(call.seed), call.dropout_p, terms)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -49,13 +55,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tens
 def backward(
     dout: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Sequence[Tensor | None],
     call: Call,
 ) -> None:
     query, key, value, out, lse = tensors
     query, key, value, dout = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(dout)
     offsets, options = _description(call)
-    delta = torch.empty_like(lse)
+    delta, dbias = torch.empty_like(lse), gradients[3]
+    partials = max(1, BLOCKS * _cuda.multiprocessors(query.device) // query.shape[-2])
+    partial = None if dbias is None else dbias.new_empty((partials, *dbias.shape))
     _cuda.call(
         "attention_backward",
         query,
@@ -64,8 +72,11 @@ def backward(
         *map(rows, (query, key, value, out)),
         lse.data_ptr(),
         rows(dout),
-        *map(rows, gradients),
+        *map(rows, gradients[:3]),
         delta.data_ptr(),
         list(map(address, offsets)),
         *options,
+        address(dbias),
+        address(partial),
+        partials,
     )
