@@ -1,7 +1,8 @@
 """The matrix products that a training step needs, by model, head and batch: real tokens, and what the loss reads.
 
 Keys and values of the last layer are needed for every real token, its queries, output projection and MLP only for the
-rows that the loss reads, the vocabulary projection only for those with a label.
+rows that the loss reads, the vocabulary projection only for those with a label. Of disentangled attention's embeddings
+those are needed that the distances within a sequence reach.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import products
 import torch
 from batches import LABELS, Batch
 from products import Product
+from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 
 def read_rows(config: Any, head: str, batch: Batch) -> list[list[int]]:
@@ -42,6 +44,45 @@ def attention_of_rows(lengths: Sequence[int], read: list[list[int]], heads: int,
             Product(length, rows, head_dim, 2 * seen, heads, transposed_a=True),
         ]
     return needed
+
+
+def reached(config: Any, length: int) -> int:
+    """How many of DeBERTa's embeddings the pairs of so many tokens go by."""
+    furthest = config.max_relative_positions
+    return _reached(config.position_buckets, furthest if furthest > 0 else config.max_position_embeddings, length)
+
+
+@cache
+def _reached(buckets: int, furthest: int, length: int) -> int:
+    tokens, span = torch.empty(length, 0), buckets if buckets > 0 else furthest
+    numbers = build_relative_position(tokens, tokens, bucket_size=buckets, max_position=furthest)
+    return int((numbers + span).clamp(0, 2 * span - 1).unique().numel())
+
+
+def met(rows: int, head_dim: int, embeddings: int, heads: int, count: float = 1.0) -> list[Product]:
+    """Queries or keys with embeddings: forward and both gradients."""
+    return [
+        Product(rows, head_dim, embeddings, count, heads, transposed_b=True),
+        Product(rows, embeddings, head_dim, count, heads),
+        Product(embeddings, rows, head_dim, count, heads, transposed_a=True),
+    ]
+
+
+def disentangled(
+    config: Any, batch: Batch, read: list[list[int]], full: int, *, whole_last_layer: bool
+) -> list[Product]:
+    """What queries and keys do with DeBERTa's embeddings, and the projections of these."""
+    width, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    head_dim, found = width // heads, []
+    for length, sequences in Counter(batch.lengths).items():
+        found += met(length, head_dim, reached(config, length), sequences * heads, 2 * full)
+    if not whole_last_layer:
+        for length, positions in zip(batch.lengths, read, strict=True):
+            queries, all_of_them = len(positions), reached(config, length)
+            if queries:
+                found += met(queries, head_dim, min(queries * length, all_of_them), heads)
+                found += met(length, head_dim, min(queries, all_of_them), heads)
+    return found + products.linear(reached(config, max(batch.lengths)), width, width, 2 * layers)
 
 
 @dataclass(frozen=True)
@@ -84,6 +125,8 @@ def needed_products(config: Any, head: str, batch: Batch, *, whole_last_layer: b
     found += linear(rows, width, 3 * width, full) if sizes.fused else linear(rows, width, width, 3 * full)
     for window, count in Counter((sizes.windows or (None,) * sizes.layers)[:full]).items():
         found += products.attention(batch.lengths, heads, head_dim, count, causal=causal, window=window)
+    if config.model_type == "deberta-v2":
+        found += disentangled(config, batch, read, full, whole_last_layer=whole_last_layer)
     if sizes.embedding:
         found += linear(rows, sizes.embedding, width)
     if not whole_last_layer:

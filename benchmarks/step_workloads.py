@@ -20,6 +20,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DebertaV2ForSequenceClassification,
     DistilBertForSequenceClassification,
     EsmForMaskedLM,
     GPT2Config,
@@ -43,9 +44,10 @@ MODELS = {
     ("modernbert", "mlm"): ModernBertForMaskedLM,
     ("esm", "mlm"): EsmForMaskedLM,
     ("mpnet", "classification"): MPNetForSequenceClassification,
+    ("deberta-v2", "classification"): DebertaV2ForSequenceClassification,
 }
 # Families whose code knows no attention but its own.
-EAGER_ALONE = ("mpnet",)
+EAGER_ALONE = ("mpnet", "deberta-v2")
 
 
 def _training_step(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Step:

@@ -28,6 +28,8 @@ def exceptions(config: Any) -> str:
     found = []
     if config.model_type == "esm" and config.position_embedding_type != "rotary":
         found.append("learned positions: no rotary embedding")
+    if getattr(config, "conv_kernel_size", 0):
+        found.append("the convolution behind the first layer takes all rows of it")
     dropouts = ("hidden_dropout_prob", "embedding_dropout", "dropout", "embd_pdrop")
     if not any(getattr(config, name, 0.0) for name in dropouts):
         found.append("no dropout")

@@ -80,6 +80,18 @@ def test_needed_products_of_encoders_are_those_of_a_stock_step(name, head):
     assert sum(product.flops for product in found) == pytest.approx(stock)
 
 
+def test_needed_products_of_disentangled_attention(monkeypatch):
+    """Those of a stock step, which takes all embeddings; of these a sequence needs what its distances reach."""
+    config, batch = encoder_workloads._configs(quick=True)["deberta"], Batch.full(3, 9)
+    assert [needed.reached(config, length) for length in (1, 2, 3, 32)] == [1, 3, 5, 7]
+    real = needed.needed_products(config, "classification", batch, whole_last_layer=True)
+    monkeypatch.setattr(needed, "reached", lambda config, length: 2 * config.position_buckets)
+    found = needed.needed_products(config, "classification", batch, whole_last_layer=True)
+    stock = _mm_flops(step_workloads._side("stock eager", config, "classification", batch))
+    assert sum(product.flops for product in found) == pytest.approx(stock)
+    assert sum(product.flops for product in real) < stock
+
+
 def test_a_window_needs_the_pairs_that_it_lets_through():
     """Five tokens, each of which sees its neighbours: 13 of 25 pairs."""
     whole, near = (products.attention((5,), 2, 8, window=window) for window in (None, 1))

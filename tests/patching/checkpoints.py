@@ -256,6 +256,60 @@ _MPNETS = [
     ),
 ]
 
+_DEBERTA = {
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+}
+_V3_BASE = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+_V3_SMALL = _V3_BASE | {"num_hidden_layers": 6}
+_V3_XSMALL = {"num_hidden_layers": 12, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+_M_V3 = _V3_BASE | {"vocab_size": 251000}
+_CONVOLUTION = {"conv_kernel_size": 3, "conv_act": "gelu"}
+
+
+def _deberta(loaded_as, names, **config):
+    return _of("deberta-v2", loaded_as, names, **_DEBERTA | config)
+
+
+_DEBERTAS = [
+    *_deberta("", "microsoft/deberta-v3-xsmall", **_V3_XSMALL),
+    *_deberta("", "microsoft/deberta-v3-small", **_V3_SMALL),
+    *_deberta("", "microsoft/deberta-v3-base", **_V3_BASE),
+    *_deberta("", "microsoft/deberta-v3-large", **_LARGE),
+    *_deberta("", "microsoft/mdeberta-v3-base", **_M_V3),
+    *_deberta(
+        "ForSequenceClassification",
+        "cross-encoder/nli-deberta-v3-xsmall mixedbread-ai/mxbai-rerank-xsmall-v1",
+        **_V3_XSMALL,
+    ),
+    *_deberta("ForSequenceClassification", "cross-encoder/nli-deberta-v3-small", **_V3_SMALL),
+    *_deberta(
+        "ForSequenceClassification",
+        "cross-encoder/nli-deberta-v3-base mixedbread-ai/mxbai-rerank-base-v1"
+        " MoritzLaurer/DeBERTa-v3-base-mnli-fever-anli MoritzLaurer/deberta-v3-base-zeroshot-v2.0",
+        **_V3_BASE,
+    ),
+    *_deberta(
+        "ForSequenceClassification",
+        "cross-encoder/nli-deberta-v3-large mixedbread-ai/mxbai-rerank-large-v1"
+        " MoritzLaurer/DeBERTa-v3-large-mnli-fever-anli-ling-wanli MoritzLaurer/deberta-v3-large-zeroshot-v2.0"
+        " OpenAssistant/reward-model-deberta-v3-large-v2",
+        **_LARGE,
+    ),
+    *_deberta("ForSequenceClassification", "MoritzLaurer/mDeBERTa-v3-base-mnli-xnli", **_M_V3),
+    *_deberta("ForQuestionAnswering", "deepset/deberta-v3-base-squad2", **_V3_BASE),
+    *_deberta("ForQuestionAnswering", "deepset/deberta-v3-large-squad2", **_LARGE),
+    # 24 layers of 1536 are the class's defaults.
+    *_deberta("ForMaskedLM", "microsoft/deberta-v2-xlarge", **_CONVOLUTION),
+    *_deberta("ForMaskedLM", "microsoft/deberta-v2-xxlarge", num_hidden_layers=48, **_CONVOLUTION),
+    *_deberta("ForSequenceClassification", "microsoft/deberta-v2-xlarge-mnli", **_CONVOLUTION),
+    *_deberta("ForSequenceClassification", "microsoft/deberta-v2-xxlarge-mnli", num_hidden_layers=48, **_CONVOLUTION),
+]
+
 # The second version's activation (GELU by tanh) and dropout (none) are the defaults of the class.
 _ALBERTS = [
     *_of(
@@ -410,6 +464,7 @@ CHECKPOINTS = [
     *_ELECTRAS,
     *_DISTILBERTS,
     *_MPNETS,
+    *_DEBERTAS,
     *_ALBERTS,
     *_MODERNBERTS,
     *_ESMS,

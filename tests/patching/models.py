@@ -9,6 +9,7 @@ from transformers import (
     AlbertConfig,
     BertConfig,
     CamembertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
     EsmConfig,
@@ -107,6 +108,20 @@ _CONFIGS = {
         hidden_dropout_prob=p,
         attention_probs_dropout_prob=p,
     ),
+    # As v3 is.
+    "DebertaV2": lambda p: DebertaV2Config(
+        **(_BERT_LIKE | {"type_vocab_size": 0}),
+        relative_attention=True,
+        position_buckets=4,
+        max_relative_positions=-1,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        hidden_dropout_prob=p,
+        attention_probs_dropout_prob=p,
+        pooler_dropout=p,
+    ),
     "GPT2": lambda p: GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=48,
@@ -185,6 +200,17 @@ ENCODERS = [
 ]
 ENCODERS += [
     f"MPNet{head}"
+    for head in (
+        "Model",
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForMultipleChoice",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+    )
+]
+ENCODERS += [
+    f"DebertaV2{head}"
     for head in (
         "Model",
         "ForMaskedLM",

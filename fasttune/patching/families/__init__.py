@@ -18,6 +18,7 @@ FAMILIES = {
     "transformers.models.electra.modeling_electra": "electra",
     "transformers.models.distilbert.modeling_distilbert": "distilbert",
     "transformers.models.mpnet.modeling_mpnet": "mpnet",
+    "transformers.models.deberta_v2.modeling_deberta_v2": "deberta_v2",
     "transformers.models.albert.modeling_albert": "albert",
     "transformers.models.modernbert.modeling_modernbert": "modernbert",
     "transformers.models.modernbert_decoder.modeling_modernbert_decoder": "modernbert_decoder",

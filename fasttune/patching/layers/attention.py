@@ -37,9 +37,11 @@ def layout_for_attention(
     *,
     described: Any = None,
     by_distance: bool = False,
+    both_real: bool = False,
 ) -> Layout | None:
     """Who sees whom, or None where stock's attention has to run. window: the one that the mask may show; described:
-    what says how the module attends, if not itself; by_distance: whether scores go by how far apart tokens are."""
+    what says how the module attends, if not itself; by_distance: whether scores go by how far apart tokens are;
+    both_real: the pattern of the mask, as `layout_of` has it."""
     patch = module._fasttune
     if not patch.settings.options.attention or unusual() or hidden.device.type == "meta":
         return None
@@ -60,7 +62,8 @@ def layout_for_attention(
             raise Unknown("a mask inside torch.compile")
         if mask is not None and not patch.settings.options.packing and reading_waits(hidden.device):
             raise Unknown(UNREAD)
-        layout = layout_of_call(hidden, mask, described, arguments, window, by_distance=by_distance)
+        patterns: dict[str, Any] = {"by_distance": by_distance, "both_real": both_real}
+        layout = layout_of_call(hidden, mask, described, arguments, window, **patterns)
         if implementation == "eager" and layout.blind:
             raise Unknown("queries that see no key under eager attention")
     except Unknown as why:

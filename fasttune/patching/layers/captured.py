@@ -6,6 +6,7 @@ post_norm.py and pre_norm.py make the two kinds of layers).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fasttune import ops
 from fasttune.patching.layers.frozen import Linear, Norm, Unknown, activation, known, linear, probability
 from fasttune.patching.layers.projections import Fused, Separate
+from fasttune.patching.layers.relative import Relative
 from fasttune.patching.padding.layout import Layout
 from fasttune.patching.premises.known import HARMLESS, stock_class, why_replaced, why_watched
 
@@ -24,7 +26,8 @@ class Parts:
 
     inside: the modules between the layer and these, with the classes that they must be of: what they compute is done
         without calling them. attend: the one of them that attends.
-    project: captures the projections. scale: of the scores; bias (H, 2 R + 1): by distance, added to them.
+    project: captures the projections. scale: of the scores; bias (H, 2 R + 1): by distance, added to them; relative:
+        captures, for a layout, what disentangled attention adds to them.
     attention_dropout: an nn.Dropout, or a probability that holds while `attend` is training; calls_dropout: it is a
         module that is called, and its own mode holds. The other dropouts are an nn.Dropout or nn.Identity.
     gated: up gives two halves, and what goes down is act(first) * second, after gate_dropout.
@@ -48,13 +51,14 @@ class Parts:
     gate_dropout: Any = None
     chunks: int = 0
     bias: Tensor | None = None
+    relative: Callable[[Layout], Relative] | None = None
     calls_dropout: bool = False
 
 
 class Captured:
     """A layer as it was when it was called; raises Unknown where it is not what its class ships."""
 
-    def __init__(self, layer: Any, parts: Parts) -> None:
+    def __init__(self, layer: Any, parts: Parts, layout: Layout) -> None:
         _prove(layer, parts)
         patch, attend = layer._fasttune, parts.attend
         self.backend, self.scale, self.projection = patch.backend, float(parts.scale), parts.project
@@ -76,6 +80,9 @@ class Captured:
         self.bias = parts.bias
         if self.bias is not None:
             self.weights += (self.bias,)
+        self.relative = None if parts.relative is None else parts.relative(layout)
+        if self.relative is not None:
+            self.weights += self.relative.weights
 
     def options(self, layout: Layout) -> dict[str, Any]:
         packed = layout.packed
@@ -98,7 +105,7 @@ class Captured:
     def whole(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
         row_ids = layout.packed.indices
         options = self.options(layout) | {"causal": layout.causal, "window": layout.window}
-        attended, kept = self.projection.attend(self.before(hidden), row_ids, options)
+        attended, kept = self.projection.attend(self.before(hidden), row_ids, options, self.terms)
         return self.finish(attended.flatten(1), hidden, row_ids), kept
 
     def kept(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -106,6 +113,12 @@ class Captured:
 
     def keys_and_values(self, hidden: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.projection.keys_and_values(self.before(hidden), row_ids, self.backend)
+
+    def values(self, rows: Tensor, row_ids: Tensor) -> Tensor:
+        return self.projection.values(self.before(rows), row_ids)
+
+    def terms(self, query: Tensor, key: Tensor) -> dict[str, Any]:
+        return {} if self.relative is None else self.relative(query, key)
 
     def queries(self, rows: Tensor, row_ids: Tensor) -> Tensor:
         return self.projection.queries(self.before(rows), row_ids, self.backend)

@@ -49,7 +49,7 @@ def attentions_wanted() -> bool:
 
 def promise(
     layer: Patched,
-    freeze: Callable[[], Frozen],
+    freeze: Callable[[Layout], Frozen],
     hidden: Any,
     mask: Any,
     *,
@@ -59,12 +59,14 @@ def promise(
     arguments: Mapping[str, Any],
     window: int | None = None,
     by_distance: bool = False,
+    both_real: bool = False,
 ) -> PromisedRows | None:
     """The layer's output (B, S, E) as promised rows; None where it has to run as it stands.
 
-    freeze: captures the layer, or raises Unknown. hidden (B, S, E); mask: of its self-attention. attention: the module
-    that knows the config and whether it is causal. arguments: what else the layer was called with. window: how far its
-    tokens see, if the mask says so too. by_distance: whether its scores go by how far apart tokens are.
+    freeze: captures the layer for a layout, or raises Unknown. hidden (B, S, E); mask: of its self-attention.
+    attention: the module that knows the config and whether it is causal. arguments: what else the layer was called
+    with. window: how far its tokens see, if the mask says so too. by_distance: whether its scores go by how far apart
+    tokens are. both_real: the pattern of the mask, as `layout_of` has it.
     """
     settings = layer._fasttune.settings
     options = settings.options
@@ -79,12 +81,13 @@ def promise(
     try:
         if mask is not None and not options.packing and reading_waits(hidden.device):
             raise Unknown(UNREAD)
-        layout = layout_of_call(hidden, mask, attention, arguments, window, by_distance=by_distance)
+        patterns: dict[str, Any] = {"by_distance": by_distance, "both_real": both_real}
+        layout = layout_of_call(hidden, mask, attention, arguments, window, **patterns)
         if not layout.full and not options.packing:
             return None
         _check(layer, hidden, attention, head_dim, layout)
         source = source_of(hidden)
-        frozen = freeze()
+        frozen = freeze(layout)
     except Unknown as why:
         for what in (PACKING, TRIM, LAYERS):
             settings.aside(what, str(why))
@@ -125,9 +128,10 @@ def layout_of_call(
     window: int | None = None,
     *,
     by_distance: bool = False,
+    both_real: bool = False,
 ) -> Layout:
     """Who sees whom in this call; raises Unknown. by_distance: whether packed tokens have to be as far apart as their
-    columns."""
+    columns. both_real: as `layout_of` has it."""
     given = {name for name, value in arguments.items() if value is not None and value is not False}
     unusual_ones = given - NEUTRAL - _OFFSETS - {"is_causal"}
     if unusual_ones:
@@ -140,7 +144,7 @@ def layout_of_call(
     shape = (hidden.shape[0], hidden.shape[1])
     if given & _OFFSETS and mask is None:
         return _by_offsets(arguments, shape, causal)
-    layout = layout_of(mask, shape, hidden.device, causal=causal, window=window)
+    layout = layout_of(mask, shape, hidden.device, causal=causal, window=window, both_real=both_real)
     if layout is None:
         raise Unknown("a mask of another kind than padding or sequences side by side")
     if by_distance and not layout.side_by_side:

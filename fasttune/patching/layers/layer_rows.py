@@ -4,7 +4,8 @@ A layer that is given a tensor of hidden states hands out a promise. The next la
 computed at once, fused, without padding. A head reads few: keys and values are computed for all real rows, the rest for
 those alone. Rows at padding are queries over the real keys of their sequence, and are seen by nobody, so they can be
 computed afterwards, few or all. Which layer is the last one, who reads which rows, and whether anybody reads padding
-need not be known.
+need not be known. (Where they see all columns of their row instead, those at padding too, the layer's input is needed
+at all of these.)
 
 Dropout goes by the numbers that rows have in the padded batch and by seeds that are drawn where the layer is called, so
 a row is the same whenever it is read and whatever is read with it.
@@ -24,7 +25,7 @@ from torch.utils.weak import TensorWeakRef
 
 from fasttune import ops
 from fasttune.ops._random import draw_seed, repeating
-from fasttune.patching.layers.real_keys import over_real_keys
+from fasttune.patching.layers.real_keys import over_all_columns, over_real_keys
 from fasttune.patching.padding.layout import Layout
 from fasttune.patching.promises.source import RowSource, on, take_rows
 
@@ -53,8 +54,14 @@ class Frozen(Protocol):
     def keys_and_values(self, hidden: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, E) -> key and value (T, H, D)."""
 
+    def values(self, rows: Tensor, row_ids: Tensor) -> Tensor:
+        """rows (R, E) -> value (R, H, D)."""
+
     def queries(self, rows: Tensor, row_ids: Tensor) -> Tensor:
         """rows (R, E) -> (R, H, D)."""
+
+    def terms(self, query: Tensor, key: Tensor) -> dict[str, Any]:
+        """query (R, H, D), key (T, H, D) -> those options of `ops.attention` that go by them."""
 
     def finish(self, attended: Tensor, rows: Tensor, row_ids: Tensor | None) -> Tensor:
         """attended (R, H * D), the layer's input rows (R, E) -> the layer's output (R, E)."""
@@ -155,7 +162,8 @@ class LayerRows(RowSource):
             rows, row_ids = take_rows(hidden, places), on(ids, self.device)
             options |= self._queries_at(places)
         with repeating(self.seeds):
-            attended = ops.attention(self.layer.queries(rows, row_ids), key, value, **options)
+            query = self.layer.queries(rows, row_ids)
+            attended = ops.attention(query, key, value, **options, **self.layer.terms(query, key))
             found = self.layer.finish(attended.flatten(1), rows, row_ids)
         return self.part(self._real_ids if ids is None else ids, found)
 
@@ -180,9 +188,10 @@ class LayerRows(RowSource):
 
     def check(self, ids: Tensor | None) -> None:
         super().check(ids)
-        at_padding = self.layout.real is not None and (ids is None or bool((self.layout.places[ids] < 0).any()))
-        if at_padding:
-            self.input.check(ids)
+        wanted = self.layout.places if ids is None else self.layout.places[ids]
+        if self.layout.real is not None and bool((wanted < 0).any()):
+            mates = self.layout.blind_sees_all and ids is not None
+            self.input.check(self.layout.row_mates(ids, real=True) if mates else ids)  # type: ignore[arg-type]
         elif self._known_real() is None and self.input.is_gone(self.layout):
             self.input.check(self._real_ids)
 
@@ -222,7 +231,7 @@ class LayerRows(RowSource):
         return take_rows(torch.cat(parts), order)
 
     def at_padding(self, ids: Tensor) -> Tensor:
-        """The rows at padding (P,), rising, over the real keys."""
+        """The rows at padding (P,), rising."""
         known = self._known(ids)
         if known is not None:
             return known
@@ -234,10 +243,11 @@ class LayerRows(RowSource):
         with self.moment.again(), self.weights.wanting():
             hidden: Tensor | None = None
             below = self.input
+            needed = self.layout.row_mates(ids, real=False) if self.layout.blind_sees_all else ids
             if self._alive() is None and isinstance(below, LayerRows) and below.layout is self.layout and below.gone:
-                hidden, rows = below.advance(ids)
+                hidden, rows = below.advance(needed)
             else:
-                rows = self.input.rows(ids)
+                rows = self.input.rows(needed)
             again: Tensor | None = None
             alive = self._alive()
             if alive is None:
@@ -246,7 +256,8 @@ class LayerRows(RowSource):
                     again, kept = self.layer.whole(hidden, self.layout)
                 self.part(self._real_ids, again)
                 alive = self.layer.kept(kept)
-            return again, self.part(ids, self._padding_over(rows, ids, alive))
+            over = self._padding_over_all if self.layout.blind_sees_all else self._padding_over
+            return again, self.part(ids, over(rows, ids, alive))
 
     def _padding_over(self, rows: Tensor, ids: Tensor, keys_and_values: tuple[Tensor, Tensor]) -> Tensor:
         key, value = keys_and_values
@@ -255,6 +266,24 @@ class LayerRows(RowSource):
             query = self.layer.queries(rows, row_ids)
             attended = over_real_keys(query, ids, key, value, self.layout, options)
             return self.layer.finish(attended.flatten(1), rows, row_ids)
+
+    def _padding_over_all(self, rows: Tensor, ids: Tensor, keys_and_values: tuple[Tensor, Tensor]) -> Tensor:
+        """rows: of the layer's input, all that are at padding in the rows of the batch that ids lie in."""
+        padding = self.layout.row_mates(ids, real=False)
+        row_ids, options = on(ids, self.device), self.layer.options(self.layout)
+        with repeating(self.seeds):
+            at_padding = self.layer.values(rows, on(padding, self.device))
+            attended = over_all_columns(ids, keys_and_values[1], at_padding, self.layout, options)
+            attended = _with_zeros_for(self.layer.weights, attended)
+            rows = take_rows(rows, torch.searchsorted(padding, ids))
+            return self.layer.finish(attended.flatten(1), rows, row_ids)
+
+
+def _with_zeros_for(weights: tuple[Tensor, ...], attended: Tensor) -> Tensor:
+    """The same; a weight that it does not depend on gets a gradient of 0, as from stock, instead of none."""
+    if not torch.is_grad_enabled():
+        return attended
+    return attended + sum(weight[(0,) * weight.dim()] * 0.0 for weight in weights if weight.requires_grad)
 
 
 def _nothing(*_: str) -> None:

@@ -65,45 +65,51 @@ class Linear(Patched, nn.Linear):
             if why:
                 self._fasttune.aside(why)
             return nn.Linear.forward(self, input)
-        return self._promised(input, self.bias)
+        return promised_logits(self, input, self.weight, self.bias)
 
     def plus(self, input: Tensor, bias: Tensor) -> Tensor:
         """self(input) + bias, of a head that keeps its bias beside the projection."""
         if self.bias is not None or why_watched(self) is not None or self._why_at_once(input) is not None:
             out: Tensor = self(input) + bias
             return out
-        return self._promised(input, bias)
-
-    def _promised(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        fresh = isinstance(input, PromisedRows) and input.untouched()
-        source = input.state.source if fresh else source_of(input)  # type: ignore[attr-defined]
-        weight = source.head_weight(self.weight)
-        select = bool(self._fasttune.settings.options.trim)
-        patch = self._fasttune
-        logits = LinearRows(source, weight, bias, patch.backend, select=select, note=patch.note)
-        if isinstance(input, PromisedRows) and source is input.state.source:
-            return input.with_source(logits)
-        return PromisedRows.of(logits, input.shape[:-1])
+        return promised_logits(self, input, self.weight, bias)
 
     def _why_at_once(self, input: Tensor) -> str | None:
-        """None in training with gradients, where weight and input are ordinary tensors that will still be there when
-        the logits are read; "" in the ordinary run of things, else a reason to report."""
-        if not self.training or torch.compiler.is_compiling() or not torch.is_grad_enabled() or unusual():
-            return ""
-        if type(self) is not Linear or type(self.weight) is not nn.Parameter or input.dim() < 2:
-            return ""
-        if not (input.requires_grad or self.weight.requires_grad) or input.device.type == "meta":
-            return ""
-        if self._backward_hooks or self._backward_pre_hooks:
-            return "backward hooks on the head"
-        if is_sharded(self) or self._fasttune.settings.sharded():
-            return "its weights are sharded and may be gone when rows are read"
-        ddp = nn.parallel.DistributedDataParallel._active_ddp_module
-        if ddp is not None and (ddp.find_unused_parameters or ddp.static_graph):
-            return "DDP follows the graph of its outputs (find_unused_parameters or static_graph)"
-        if isinstance(input, PromisedRows) and input.untouched() and input.dtype != input.state.source.dtype:
-            return ""
-        return None
+        return "" if type(self) is not Linear else why_at_once(self, input, self.weight)
+
+
+def promised_logits(head: Patched, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input @ weightᵀ + bias of a projection to the vocabulary, which nobody has computed yet."""
+    fresh = isinstance(input, PromisedRows) and input.untouched()
+    source = input.state.source if fresh else source_of(input)  # type: ignore[attr-defined]
+    weight = source.head_weight(weight)
+    patch = head._fasttune
+    select = bool(patch.settings.options.trim)
+    logits = LinearRows(source, weight, bias, patch.backend, select=select, note=patch.note)
+    if isinstance(input, PromisedRows) and source is input.state.source:
+        return input.with_source(logits)
+    return PromisedRows.of(logits, input.shape[:-1])
+
+
+def why_at_once(head: Patched, input: Tensor, weight: Tensor) -> str | None:
+    """None in training with gradients, where weight and input are ordinary tensors that will still be there when the
+    logits are read; "" in the ordinary run of things, else a reason to report."""
+    if not head.training or torch.compiler.is_compiling() or not torch.is_grad_enabled() or unusual():
+        return ""
+    if type(weight) is not nn.Parameter or input.dim() < 2:
+        return ""
+    if not (input.requires_grad or weight.requires_grad) or input.device.type == "meta":
+        return ""
+    if head._backward_hooks or head._backward_pre_hooks:
+        return "backward hooks on the head"
+    if is_sharded(head) or head._fasttune.settings.sharded():
+        return "its weights are sharded and may be gone when rows are read"
+    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is not None and (ddp.find_unused_parameters or ddp.static_graph):
+        return "DDP follows the graph of its outputs (find_unused_parameters or static_graph)"
+    if isinstance(input, PromisedRows) and input.untouched() and input.dtype != input.state.source.dtype:
+        return ""
+    return None
 
 
 DROPOUTS = (nn.Dropout, Dropout)

@@ -6,6 +6,7 @@ Shape legend: rows (R, E), row_ids (R,) their numbers in the padded batch; query
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from fasttune import ops
 from fasttune.patching.layers.frozen import Adapted, Linear, Unknown, linear
+
+# query (R, H, D), key (T, H, D) -> those options of `ops.attention` that go by them.
+Terms = Callable[[Tensor, Tensor], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,22 @@ class Separate:
         self.head_dim, self.rotary = head_dim, rotary
         self.weights = [*self.query.weights, *self.key.weights, *self.value.weights]
 
-    def attend(self, rows: Tensor, row_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend(
+        self, rows: Tensor, row_ids: Tensor, options: dict[str, Any], terms: Terms
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(attended (R, H, D), what backward keeps of keys and values)."""
         key, value = self.keys_and_values(rows, row_ids, options["backend"])
         query = self.queries(rows, row_ids, options["backend"])
-        return ops.attention(query, key, value, **options), (key, value)
+        return ops.attention(query, key, value, **options, **terms(query, key)), (key, value)
 
     def kept(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return tensors[0], tensors[1]
 
     def keys_and_values(self, rows: Tensor, row_ids: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
-        return self._of(self.key, rows, row_ids, backend), self._of(self.value, rows, row_ids, None, turned=False)
+        return self._of(self.key, rows, row_ids, backend), self.values(rows, row_ids)
+
+    def values(self, rows: Tensor, row_ids: Tensor) -> Tensor:
+        return self._of(self.value, rows, row_ids, None, turned=False)
 
     def queries(self, rows: Tensor, row_ids: Tensor, backend: str | None) -> Tensor:
         return self._of(self.query, rows, row_ids, backend)
@@ -87,11 +96,13 @@ class Fused:
         self.width = heads * head_dim
         self.weights = list(self.qkv.weights)
 
-    def attend(self, rows: Tensor, row_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend(
+        self, rows: Tensor, row_ids: Tensor, options: dict[str, Any], terms: Terms
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         qkv = self.qkv(rows, row_ids).unflatten(-1, (3, self.heads, self.head_dim))
         if self.rotary is not None:
             qkv = self.rotary(qkv, row_ids, 2, options["backend"])
-        return ops.attention_packed_qkv(qkv, **options), (qkv,)
+        return ops.attention_packed_qkv(qkv, **options, **terms(qkv[:, 0], qkv[:, 1])), (qkv,)
 
     def kept(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if len(tensors) == 1:
@@ -103,6 +114,9 @@ class Fused:
         both = self.qkv.part(rows, row_ids, self.width, 3 * self.width)
         key, value = both.unflatten(-1, (2, self.heads, self.head_dim)).unbind(1)
         return key if self.rotary is None else self.rotary(key, row_ids, None, backend), value
+
+    def values(self, rows: Tensor, row_ids: Tensor) -> Tensor:
+        return self.qkv.part(rows, row_ids, 2 * self.width, 3 * self.width).unflatten(-1, (self.heads, self.head_dim))
 
     def queries(self, rows: Tensor, row_ids: Tensor, backend: str | None) -> Tensor:
         query = self.qkv.part(rows, row_ids, 0, self.width).unflatten(-1, (self.heads, self.head_dim))

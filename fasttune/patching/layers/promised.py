@@ -13,11 +13,14 @@ from fasttune.patching.layers.frozen import Unknown
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.post_norm import PostNorm
 from fasttune.patching.layers.projections import Rotary
+from fasttune.patching.layers.relative import ByDistance
+from fasttune.patching.padding.layout import Layout
 from fasttune.patching.promises.distances import DistanceBias
 
 
 class PromisedLayer(Patched):
     captured: type[Captured] = PostNorm
+    both_real = False  # the pattern of its mask, as `layout_of` has it
 
     def attends(self) -> Any:
         """The module that attends, None where something else stands in its place."""
@@ -32,7 +35,7 @@ class PromisedLayer(Patched):
         return attention.num_attention_heads, attention.attention_head_size
 
     def parts(self, positions: Any = None) -> Parts:
-        """positions: cos and sin, or a bias by distance, that the layer was called with."""
+        """positions: cos and sin, a bias by distance or relative positions that the layer was called with."""
         raise NotImplementedError
 
     def window(self) -> int | None:
@@ -51,7 +54,7 @@ class PromisedLayer(Patched):
         described, (heads, head_dim) = self.described(attention), self.heads(attention)
         out = promise(
             self,
-            lambda: self._capture(hidden_states, head_dim, positions),
+            lambda layout: self._capture(hidden_states, head_dim, positions, layout),
             hidden_states,
             mask,
             attention=described,
@@ -59,11 +62,12 @@ class PromisedLayer(Patched):
             head_dim=head_dim,
             arguments=arguments,
             window=self.window(),
-            by_distance=isinstance(positions, DistanceBias),
+            by_distance=isinstance(positions, (DistanceBias, ByDistance)),
+            both_real=self.both_real,
         )
         return out, mask if out is not None else mask_for_stock(hidden_states, mask, described, arguments)
 
-    def _capture(self, hidden_states: Tensor, head_dim: int, positions: Any) -> Captured:
+    def _capture(self, hidden_states: Tensor, head_dim: int, positions: Any, layout: Layout) -> Captured:
         if isinstance(positions, tuple) and not Rotary.fits(positions, hidden_states, head_dim):
             raise Unknown("position embeddings of another shape")
         if isinstance(positions, DistanceBias) and positions.shape[-1] != hidden_states.shape[1]:
@@ -72,7 +76,7 @@ class PromisedLayer(Patched):
             parts = self.parts(positions)
         except AttributeError as error:  # a module of another kind stands where a part is looked for
             raise Unknown(str(error)) from None
-        return self.captured(self, parts)
+        return self.captured(self, parts, layout)
 
 
 class PromisedEncoderLayer(PromisedLayer):

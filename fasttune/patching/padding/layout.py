@@ -7,6 +7,7 @@ none of them has no layout, and attention under it runs as stock does.
 padding      every query sees the real keys of its row (or, causal, those up to itself)
 window       of these, the keys in columns no further than a window from its own; the real tokens stand side by side
 sequences    several sequences side by side in a row, causal within each
+both real    a query sees a key where both are real (DeBERTa's; the mask counts as true where it is not 0)
 
 Shape legend: mask (B, 1, S, S) bool, True where a query may look at a key, or additive (0 there, the dtype's minimum
 elsewhere); B rows of S tokens, T of them real; ids number the B * S tokens row by row.
@@ -29,7 +30,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _for_later(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def for_later(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Layouts are remembered: one that was made in inference mode may serve training, which saves its tensors."""
 
     @wraps(function)
@@ -46,12 +47,14 @@ def _for_later(function: Callable[_P, _T]) -> Callable[_P, _T]:
 class Layout:
     """packed: the real tokens, sequence by sequence. causal: whether a token sees only those up to itself.
     real: bool (B, S) on the CPU, None if all tokens are. window: how far from its own position a token sees, None
-    without such a limit."""
+    without such a limit. blind_sees_all: a token at padding sees no key, and so, its scores being all the same, each
+    column of its row alike, those at padding too."""
 
     packed: PackedBatch
     causal: bool
     real: Tensor | None = None
     window: int | None = None
+    blind_sees_all: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,31 +70,38 @@ class Layout:
         return self.real is None
 
     @cached_property
-    @_for_later
+    @for_later
     def real_ids(self) -> Tensor:
         """int64 (T,) on the CPU: the numbers of the real tokens, in the packed order."""
         return torch.arange(self.total) if self.real is None else self.real.flatten().nonzero().squeeze(1)
 
     @cached_property
-    @_for_later
+    @for_later
     def places(self) -> Tensor:
         """int64 (B * S,) on the CPU: which of the T packed rows a token is, -1 at padding."""
         return self.packed.packed_rows.cpu()
 
     @cached_property
-    @_for_later
+    @for_later
     def lengths(self) -> Tensor:
         """int64 (N,) on the CPU: real tokens of each sequence."""
         return self.packed.cu_seqlens.cpu().diff().long()
 
     @cached_property
-    @_for_later
+    @for_later
     def seen(self) -> Tensor:
         """int64 (B * S,) on the CPU: how many real keys of its row a token at padding sees."""
         assert self.real is not None
         if self.causal:
             return self.real.cumsum(1).flatten()
         return self.real.sum(1, keepdim=True).expand(self.shape).flatten()
+
+    def row_mates(self, ids: Tensor, *, real: bool) -> Tensor:
+        """int64, rising: all tokens of the rows of tokens ids (R,), or those at padding alone. On the CPU."""
+        assert self.real is not None
+        chosen = torch.zeros(self.shape[0], 1, dtype=torch.bool)
+        chosen[ids // self.shape[1]] = True
+        return (chosen.expand(self.shape) if real else chosen & ~self.real).flatten().nonzero().squeeze(1)
 
     @cached_property
     def side_by_side(self) -> bool:
@@ -102,17 +112,17 @@ class Layout:
         return not bool((starts > 1).any())
 
     @cached_property
-    @_for_later
+    @for_later
     def begins(self) -> Tensor:
         """int64 (B,) on the CPU: the column of each row's first real token."""
         assert self.real is not None
         return self.real.int().argmax(1)
 
     @cached_property
-    @_for_later
+    @for_later
     def blind(self) -> bool:
-        """Whether a token at padding sees no key at all."""
-        if self.real is None:
+        """Whether a token at padding sees no key at all, nor all."""
+        if self.real is None or self.blind_sees_all:
             return False
         if self.window is None:
             return bool(((self.seen == 0) & ~self.real.flatten()).any())
@@ -122,7 +132,7 @@ class Layout:
 
 
 @lru_cache(maxsize=64)
-@_for_later
+@for_later
 def unpadded(shape: tuple[int, int], device: torch.device, causal: bool) -> Layout:
     """Of a batch without padding, one sequence in each row."""
     rows, length = shape
@@ -132,10 +142,16 @@ def unpadded(shape: tuple[int, int], device: torch.device, causal: bool) -> Layo
 
 
 def layout_of(
-    mask: Tensor | None, shape: tuple[int, int], device: torch.device, *, causal: bool, window: int | None = None
+    mask: Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+    *,
+    causal: bool,
+    window: int | None = None,
+    both_real: bool = False,
 ) -> Layout | None:
     """The layout that a mask of self-attention stands for; causal: what no mask stands for; window: the one that the
-    mask may show. None: no known pattern."""
+    mask may show; both_real: it may show this pattern alone. None: no known pattern."""
     if mask is None:
         return unpadded(shape, device, causal)
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-2:] != (shape[1], shape[1]) or 0 in shape:
@@ -144,12 +160,22 @@ def layout_of(
         return None
     known = getattr(mask, _ATTRIBUTE, None)
     version = None if mask.is_inference() else mask._version
-    if known is not None and version is not None and known[:3] == (version, shape, window):
-        found: Layout | None = known[3]
+    asked = (version, shape, window, both_real)
+    if known is not None and version is not None and known[0] == asked:
+        found: Layout | None = known[1]
         return found
-    found = _recognised(mask, shape, window)
-    setattr(mask, _ATTRIBUTE, (version, shape, window, found))
+    found = _both_real(mask, shape) if both_real else _recognised(mask, shape, window)
+    setattr(mask, _ATTRIBUTE, (asked, found))
     return found
+
+
+def _both_real(mask: Tensor, shape: tuple[int, int]) -> Layout | None:
+    visible = mask.detach()[:, 0].bool().expand(shape[0], -1, -1)
+    real = visible.diagonal(dim1=1, dim2=2)
+    if not torch.equal(visible, real[:, :, None] & real[:, None]):
+        return None
+    layout = _padded(real.cpu(), mask.device, causal=False)
+    return layout if layout.full else replace(layout, blind_sees_all=True)
 
 
 def _recognised(mask: Tensor, shape: tuple[int, int], window: int | None) -> Layout | None:
@@ -186,7 +212,7 @@ def _recognised(mask: Tensor, shape: tuple[int, int], window: int | None) -> Lay
     return None
 
 
-@_for_later
+@for_later
 def _padded(real: Tensor, device: torch.device, *, causal: bool) -> Layout:
     if bool(real.all()):
         return unpadded((real.shape[0], real.shape[1]), device, causal)
@@ -202,7 +228,7 @@ def _windowed(real: Tensor, device: torch.device, causal: bool, window: int) -> 
     return layout if layout.side_by_side else None
 
 
-@_for_later
+@for_later
 def _side_by_side(starts: Tensor, shape: tuple[int, int], device: torch.device, *, causal: bool) -> Layout:
     """starts (B, S): where a sequence begins; a row's first token does."""
     begin = starts.flatten().nonzero().squeeze(1).to(torch.int32)
