@@ -248,7 +248,7 @@ typedef struct {
   float* delta;                  /* like lse, scratch */
   float* dbias;                  /* like bias */
   float* dbias_partial;          /* (partials, H, 2 bias_furthest + 1), scratch */
-  int64_t partials;              /* at least 1, for any number the result is right */
+  int64_t partials;              /* blocks of a head that share its tiles, at least 1 */
   fasttune_head_rows dc2p, dp2c; /* zeros at the start */
 } fasttune_attention_args;
 const char* fasttune_cuda_attention_forward(const fasttune_attention_args*, void* stream);

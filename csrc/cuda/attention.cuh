@@ -1,5 +1,5 @@
-// What the three attention kernels share: where a block works, tiles in shared memory, and a warp's matrix
-// products.
+// What the attention kernels share: where a block works, tiles in shared memory, a warp's matrix products,
+// and terms of the scores.
 //
 // Shape legend: Q queries and K keys of a sequence, H heads, D head dimension. A block owns some rows of one
 // head of one sequence (queries in the forward and dQ kernels, keys in the dK, dV kernel), 16 per warp, and
@@ -32,7 +32,7 @@ struct Tiles {
   static constexpr int kWarps = kIsFloat ? 2 : 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = 16 * kWarps;  // that a block owns
-  // Rows of a streamed tile. The addresses of terms take registers, which fewer scores leave free.
+  // Rows of a streamed tile. With terms half as many, so that as many blocks find shared memory.
   static constexpr int kSteps = (kIsFloat || kTerms ? 2048 : 4096) / kDimension;
   static constexpr int kStages = kIsFloat ? 1 : 2;  // streamed tiles in shared memory
   static constexpr int kPitch = kDimension + 16 / static_cast<int>(sizeof(T));
@@ -428,18 +428,64 @@ struct Terms {
         c2p(args.c2p.data ? query_rows<T>(args.c2p, args, at) : nullptr),
         p2c(args.p2c.data ? key_rows<T>(args.p2c, args, at) : nullptr) {}
 
-  // The score, to base 2, of a query at `place` among the keys. Rows that do not exist get one of some row.
-  __device__ __forceinline__ float score(const fasttune_attention_args& args, const Place& at, float product,
-                                         int place, int query, int key) const {
+  // Their sum, to base 2, of a query that stands at `place` among the keys.
+  __device__ __forceinline__ float sum(const fasttune_attention_args& args, int place, int query,
+                                       int key) const {
+    const int distance = key - place;
+    float numbers = 0.0f;
     if (args.buckets) {
-      const int bucket = args.buckets[in_table(key - place, args.buckets_furthest)];
-      if (c2p) product += to_float(c2p[min(query, at.queries - 1) * args.c2p.row + bucket]);
-      if (p2c) product += to_float(p2c[min(key, at.keys - 1) * args.p2c.row + bucket]);
+      const int bucket = args.buckets[in_table(distance, args.buckets_furthest)];
+      if (c2p) numbers += to_float(c2p[query * args.c2p.row + bucket]);
+      if (p2c) numbers += to_float(p2c[key * args.p2c.row + bucket]);
     }
-    product *= args.scale * kLog2e;
-    return bias ? fmaf(bias[in_table(key - place, args.bias_furthest)], kLog2e, product) : product;
+    numbers *= args.scale * kLog2e;
+    return bias ? fmaf(bias[in_table(distance, args.bias_furthest)], kLog2e, numbers) : numbers;
   }
 };
+
+// An odd pitch of tiles of scores: the elements of a column lie in different banks.
+template <class P>
+constexpr int kTermsPitch = P::kSteps + 1;
+
+// Calls body(row, column) for a tile of scores. A warp takes eight rows by four columns at a time: both c2p,
+// whose numbers lie together by the row, and p2c, by the column, find some of them in one sector.
+template <class P, class Body>
+__device__ __forceinline__ void each_score(const Body& body) {
+  constexpr int kEights = P::kRows / 8;
+  FASTTUNE_NO_UNROLL
+  for (int i = warp_index(); i < kEights * P::kSteps / 4; i += P::kWarps)
+    body(i % kEights * 8 + lane_index() / 4, i / kEights * 4 + lane_index() % 4);
+}
+
+// The terms of a tile of scores, in shared memory, looked up while the copies of the tile are under way: a
+// few reads for each score from L1, next to which the products are short. Looked up by the lanes that hold
+// the scores, the addresses would take the products' registers. Queries by keys, or the other way round. Rows
+// that do not exist get the terms of the last one.
+template <class P, class T>
+__device__ __forceinline__ void fill_terms(float* tile, const fasttune_attention_args& args, const Place& at,
+                                           int first_query, int first_key, bool keys_by_queries) {
+  const Terms<T> terms(args, at);
+  each_score<P>([&](int row, int column) {
+    const int query = min(first_query + (keys_by_queries ? column : row), at.queries - 1),
+              key = min(first_key + (keys_by_queries ? row : column), at.keys - 1);
+    tile[row * kTermsPitch<P> + column] = terms.sum(args, at.position(query) + place_offset(at), query, key);
+  });
+}
+
+// What a warp's element c[j][i] has of that tile.
+template <class P>
+__device__ __forceinline__ float term_of(const float* tile, int j, int i) {
+  const int row = 16 * warp_index() + lane_index() / 4 + i / 2 * 8;
+  return tile[row * kTermsPitch<P> + 8 * j + lane_index() % 4 * 2 + i % 2];
+}
+
+// The score to base 2 of a product c[j][i], less lse.
+template <class P>
+__device__ __forceinline__ float less_lse(float product, float scale, const float* terms, int j, int i,
+                                          float lse) {
+  if constexpr (P::kTerms) return fmaf(product, scale, term_of<P>(terms, j, i)) - lse;
+  return fmaf(product, scale, -lse);
+}
 
 inline bool has_terms(const fasttune_attention_args& args) { return args.bias || args.buckets; }
 
@@ -447,32 +493,38 @@ inline bool has_terms(const fasttune_attention_args& args) { return args.bias ||
 const char* attention_terms_backward(const fasttune_attention_args& args, void* stream);
 
 // Dynamic shared memory in bytes: two owned tiles (forward: one), two streamed ones in every stage, the
-// scratch.
+// scratch, the terms.
 template <class P, class T>
 constexpr size_t shared_bytes(bool backward) {
   return sizeof(T) *
-         ((backward ? 2 : 1) * P::kOwned + 2 * P::kStages * P::kStreamed + P::kWarps * P::kScratch);
+             ((backward ? 2 : 1) * P::kOwned + 2 * P::kStages * P::kStreamed + P::kWarps * P::kScratch) +
+         (P::kTerms ? sizeof(float) * P::kRows * kTermsPitch<P> : 0);
 }
 
-// The terms' gradients: without scratch, but with a float32 tile of dS, whose pitch is odd so that the
-// elements of a column lie in different banks, too.
-template <class P>
-constexpr int kTermsPitch = P::kSteps + 1;
-
+// The terms' gradients: one stage, no scratch, S and dP.
 template <class P, class T>
 constexpr size_t terms_shared_bytes() {
-  return sizeof(T) * 2 * (P::kOwned + P::kStages * P::kStreamed) + sizeof(float) * P::kRows * kTermsPitch<P>;
+  return sizeof(T) * 2 * (P::kOwned + P::kStreamed) + sizeof(float) * 2 * P::kRows * kTermsPitch<P>;
 }
 
-// Calls body(tile type, element).
+// Calls body(tile type, element). float32 with terms has one tile type, for what it takes to compile.
 template <class Body>
 const char* with_tiles(int dtype, int64_t head_dim, bool terms, const Body& body) {
   if (head_dim < 1 || head_dim > 128) return "the head dimension is not between 16 and 128";
   FASTTUNE_WITH_CUDA_DTYPE(dtype, T, {
-    if (terms) return head_dim <= 64 ? body(Tiles<T, 64, true>(), T()) : body(Tiles<T, 128, true>(), T());
+    if (terms) {
+      if constexpr (sizeof(T) == 2)
+        if (head_dim <= 64) return body(Tiles<T, 64, true>(), T());
+      return body(Tiles<T, 128, true>(), T());
+    }
     return head_dim <= 64 ? body(Tiles<T, 64, false>(), T()) : body(Tiles<T, 128, false>(), T());
   });
   return nullptr;
+}
+
+template <class Body>
+const char* with_tiles(const fasttune_attention_args& args, const Body& body) {
+  return with_tiles(args.dtype, args.head_dim, has_terms(args), body);
 }
 
 }  // namespace fasttune::cuda

@@ -11,6 +11,8 @@
 // Operations: 10 Q K D a head (14 with what both kernels recompute), half of it if causal. Matrix
 // instructions are the bound. Registers decide the tiles: two accumulators of 16 x D per warp in the dK, dV
 // kernel.
+//
+// Terms of the scores are constants here: they change P. Their own gradients are attention_terms.cu's.
 #include "cuda/attention.cuh"
 #include "cuda/reduce.cuh"
 
@@ -52,6 +54,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
   T* k_tiles = do_tile + P::kOwned;
   T* v_tiles = k_tiles + P::kStages * P::kStreamed;
   T* scratch = v_tiles + P::kStages * P::kStreamed + warp_index() * P::kScratch;
+  float* terms_tile = reinterpret_cast<float*>(v_tiles + P::kStages * P::kStreamed + P::kWarps * P::kScratch);
 
   const Place at = locate(args, P::kRows, tiles, false, blockIdx.x);
   if (at.tile < 0) return;
@@ -102,6 +105,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
   }
   for (int step = first_step; step < steps; ++step) {
     const int first_key = step * P::kSteps, stage = step % P::kStages;
+    if constexpr (P::kTerms) fill_terms<P, T>(terms_tile, args, at, first_query, first_key, false);
     if (P::kStages == 2 && step + 1 < steps) {
       stream(step + 1);
       cp_async_wait<1>();
@@ -123,15 +127,9 @@ __global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int key = first_key + 8 * j + 2 * t + i % 2;
-        float p;
-        if constexpr (P::kTerms)
-          p = exp2f(Terms<T>(args, at).score(args, at, s[j][i], position[i / 2] + offset,
-                                             warp_query + g + i / 2 * 8, key) -
-                    lse[i / 2]);
-        else
-          p = exp2f(fmaf(s[j][i], scale, -lse[i / 2]));
+        float p = exp2f(less_lse<P>(s[j][i], scale, terms_tile, j, i, lse[i / 2]));
         if (masked) {
+          const int key = first_key + 8 * j + 2 * t + i % 2;
           if (key >= keys || hidden(args, position[i / 2] + offset, key)) p = 0.0f;
         }
         if constexpr (kDropout) dp[j][i] = dropped(first_key, j, i) ? 0.0f : dp[j][i] * dropout.scale;
@@ -166,6 +164,8 @@ __global__ void __launch_bounds__(P::kThreads, 2)
   T* q_tiles = v_tile + P::kOwned;
   T* do_tiles = q_tiles + P::kStages * P::kStreamed;
   T* scratch = do_tiles + P::kStages * P::kStreamed + warp_index() * P::kScratch;
+  float* terms_tile =
+      reinterpret_cast<float*>(do_tiles + P::kStages * P::kStreamed + P::kWarps * P::kScratch);
 
   const Place at = locate(args, P::kRows, tiles, true, blockIdx.x);
   if (at.tile < 0) return;
@@ -215,6 +215,7 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     const int first_query = step * P::kSteps, stage = step % P::kStages;
     const bool more = step + 1 < steps;
     if (P::kStages == 2 && more) stream(step + 1);
+    if constexpr (P::kTerms) fill_terms<P, T>(terms_tile, args, at, first_query, first_key, true);
     if constexpr (kDropout)
       for (int i = static_cast<int>(threadIdx.x); i < P::kSteps * 16; i += P::kThreads)
         dropped_tile[i] = static_cast<unsigned char>(
@@ -246,14 +247,9 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int column = 8 * j + 2 * t + i % 2, key = warp_key + g + i / 2 * 8;
-        if constexpr (P::kTerms)
-          p[j][i] = exp2f(Terms<T>(args, at).score(args, at, p[j][i], position[column] + offset,
-                                                   first_query + column, key) -
-                          lse[column]);
-        else
-          p[j][i] = exp2f(fmaf(p[j][i], scale, -lse[column]));
-        if (masked && hidden(args, position[column] + offset, key)) p[j][i] = 0.0f;
+        const int column = 8 * j + 2 * t + i % 2;
+        p[j][i] = exp2f(less_lse<P>(p[j][i], scale, terms_tile, j, i, lse[column]));
+        if (masked && hidden(args, position[column] + offset, warp_key + g + i / 2 * 8)) p[j][i] = 0.0f;
       }
     }
     if constexpr (kDropout) {
@@ -297,37 +293,35 @@ __global__ void __launch_bounds__(P::kThreads, 2)
 
 extern "C" const char* fasttune_cuda_attention_backward(const fasttune_attention_args* args, void* stream) {
   using namespace fasttune::cuda;
-  return with_tiles(
-      args->dtype, args->head_dim, has_terms(*args), [&](auto shape, auto element) -> const char* {
-        using P = decltype(shape);
-        using T = decltype(element);
-        // float32 and terms have one variant, which may drop nothing: they would take as long to compile as
-        // all others.
-        constexpr bool kEither = P::kIsFloat || P::kTerms;
-        const bool with_dropout = kEither || args->dropout.seed;
-        const auto fits = [&](const fasttune_head_rows& rows) {
-          return !rows.data || in_vectors(rows, args->head_dim, sizeof(T));
-        };
-        const bool vectors = fits(args->query) && fits(args->key) && fits(args->value) && fits(args->dout);
-        const bool out_vectors = fits(args->dquery) && fits(args->dkey) && fits(args->dvalue);
-        const size_t shared = shared_bytes<P, T>(true);
-        const int64_t rows = (args->offsets ? 1 : args->sequences) * args->heads * args->queries;
-        const char* problem = launch(attention_delta_kernel<T>, divide_up<int64_t>(rows, kDeltaWarps),
-                                     kDeltaWarps * kWarp, 0, stream, *args);
-        if (!problem && args->dquery.data) {
-          const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
-          const auto kernel =
-              with_dropout ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, kEither>;
-          problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles,
-                           vectors, out_vectors);
-        }
-        if (!problem && (args->dkey.data || args->dvalue.data)) {
-          const int64_t tiles = tiles_of(*args, args->keys, P::kRows);
-          const auto kernel =
-              with_dropout ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, kEither>;
-          problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles,
-                           vectors, out_vectors);
-        }
-        return problem ? problem : attention_terms_backward(*args, stream);
-      });
+  return with_tiles(*args, [&](auto shape, auto element) -> const char* {
+    using P = decltype(shape);
+    using T = decltype(element);
+    // float32 and terms have one variant, which may drop nothing: they would take as long to compile as all
+    // others.
+    constexpr bool kEither = P::kIsFloat || P::kTerms;
+    const bool with_dropout = kEither || args->dropout.seed;
+    const auto fits = [&](const fasttune_head_rows& rows) {
+      return !rows.data || in_vectors(rows, args->head_dim, sizeof(T));
+    };
+    const bool vectors = fits(args->query) && fits(args->key) && fits(args->value) && fits(args->dout);
+    const bool out_vectors = fits(args->dquery) && fits(args->dkey) && fits(args->dvalue);
+    const size_t shared = shared_bytes<P, T>(true);
+    const int64_t rows = (args->offsets ? 1 : args->sequences) * args->heads * args->queries;
+    const char* problem = launch(attention_delta_kernel<T>, divide_up<int64_t>(rows, kDeltaWarps),
+                                 kDeltaWarps * kWarp, 0, stream, *args);
+    if (!problem && args->dquery.data) {
+      const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
+      const auto kernel = with_dropout ? attention_dq_kernel<P, T, true> : attention_dq_kernel<P, T, kEither>;
+      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
+                       out_vectors);
+    }
+    if (!problem && (args->dkey.data || args->dvalue.data)) {
+      const int64_t tiles = tiles_of(*args, args->keys, P::kRows);
+      const auto kernel =
+          with_dropout ? attention_dkdv_kernel<P, T, true> : attention_dkdv_kernel<P, T, kEither>;
+      problem = launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
+                       out_vectors);
+    }
+    return problem ? problem : attention_terms_backward(*args, stream);
+  });
 }

@@ -1,4 +1,5 @@
-// softmax(scale Q Kᵀ) V for each sequence and head, dense (N, Q, H, D) or packed (T, H, D) with offsets.
+// softmax(scale Q Kᵀ) V for each sequence and head, dense (N, Q, H, D) or packed (T, H, D) with offsets; with
+// terms (attention.cuh) softmax(scale (q · k + c2p + p2c) + bias) V.
 //
 // Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022): a block owns 64 queries of a head (float32:
 // 32) and walks over the keys in tiles. Each warp keeps the running maximum m and sum l of its 16 queries and
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks<P>)
   T* k_tiles = q_tile + P::kOwned;
   T* v_tiles = k_tiles + P::kStages * P::kStreamed;
   T* scratch = v_tiles + P::kStages * P::kStreamed + warp_index() * P::kScratch;
+  float* terms_tile = reinterpret_cast<float*>(v_tiles + P::kStages * P::kStreamed + P::kWarps * P::kScratch);
 
   const Place at = locate(args, P::kRows, tiles, false, blockIdx.x);
   if (at.tile < 0) return;
@@ -74,6 +76,7 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks<P>)
   }
   for (int step = first_step; step < steps; ++step) {
     const int first_key = step * P::kSteps, stage = step % P::kStages;
+    if constexpr (P::kTerms) fill_terms<P, T>(terms_tile, args, at, first_query, first_key, false);
     if (P::kStages == 2 && step + 1 < steps) {
       stream(step + 1);
       if (!FASTTUNE_SEEDED(kBugMissingWait)) cp_async_wait<1>();
@@ -93,13 +96,9 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks<P>)
     for (int j = 0; j < P::kSteps / 8; ++j) {
       FASTTUNE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int key = first_key + 8 * j + 2 * t + i % 2;
-        if constexpr (P::kTerms)
-          s[j][i] = Terms<T>(args, at).score(args, at, s[j][i], position[i / 2] + offset,
-                                             warp_query + g + i / 2 * 8, key);
-        else
-          s[j][i] *= scale;
+        s[j][i] = P::kTerms ? fmaf(s[j][i], scale, term_of<P>(terms_tile, j, i)) : s[j][i] * scale;
         if (masked) {
+          const int key = first_key + 8 * j + 2 * t + i % 2;
           if (key >= keys || hidden(args, position[i / 2] + offset, key)) s[j][i] = -INFINITY;
         }
       }
@@ -161,25 +160,24 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks<P>)
 
 extern "C" const char* fasttune_cuda_attention_forward(const fasttune_attention_args* args, void* stream) {
   using namespace fasttune::cuda;
-  return with_tiles(
-      args->dtype, args->head_dim, has_terms(*args), [&](auto shape, auto element) -> const char* {
-        using P = decltype(shape);
-        using T = decltype(element);
-        // float32 and terms have one variant, which may drop nothing: they would take as long to compile as
-        // all others.
-        constexpr bool kEither = P::kIsFloat || P::kTerms;
-        const bool with_dropout = kEither || args->dropout.seed;
-        const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
-        const size_t shared = shared_bytes<P, T>(false);
-        const bool vectors = in_vectors(args->query, args->head_dim, sizeof(T)) &&
-                             in_vectors(args->key, args->head_dim, sizeof(T)) &&
-                             in_vectors(args->value, args->head_dim, sizeof(T));
-        const bool out_vectors = in_vectors(args->out, args->head_dim, sizeof(T));
-        const auto kernel =
-            with_dropout ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, kEither>;
-        return launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
-                      out_vectors);
-      });
+  return with_tiles(*args, [&](auto shape, auto element) -> const char* {
+    using P = decltype(shape);
+    using T = decltype(element);
+    // float32 and terms have one variant, which may drop nothing: they would take as long to compile as all
+    // others.
+    constexpr bool kEither = P::kIsFloat || P::kTerms;
+    const bool with_dropout = kEither || args->dropout.seed;
+    const int64_t tiles = tiles_of(*args, args->queries, P::kRows);
+    const size_t shared = shared_bytes<P, T>(false);
+    const bool vectors = in_vectors(args->query, args->head_dim, sizeof(T)) &&
+                         in_vectors(args->key, args->head_dim, sizeof(T)) &&
+                         in_vectors(args->value, args->head_dim, sizeof(T));
+    const bool out_vectors = in_vectors(args->out, args->head_dim, sizeof(T));
+    const auto kernel =
+        with_dropout ? attention_forward_kernel<P, T, true> : attention_forward_kernel<P, T, kEither>;
+    return launch(kernel, blocks_of(*args, tiles), P::kThreads, shared, stream, *args, tiles, vectors,
+                  out_vectors);
+  });
 }
 
 extern "C" int64_t fasttune_cuda_attention_shared_bytes(int dtype, int64_t head_dim, int kernel, int terms) {

@@ -5,9 +5,9 @@
 //   dc2p[i, h, b] = scale Σ_j dS_ij     dp2c[j, h, b] = scale Σ_i dS_ij     over those of bucket b
 //
 // A block owns a tile of queries (for dbias and dc2p) or of keys (dp2c) and walks over the other axis, with
-// dS computed once more: the kernels of dQ and of dK, dV have no register left. Each tile of dS goes through
-// shared memory, where other threads than those that hold it add it up in a fixed order: no atomics, the same
-// bits every time.
+// dS computed once more: the kernels of dQ and of dK, dV have no register left. Each tile of dS lies in
+// shared memory, where other threads than those of the products add it up in a fixed order: no atomics, the
+// same bits every time.
 //
 // A distance's sum runs along a diagonal, which one thread walks (queries of chosen positions: a diagonal
 // with steps). What is clamped is added up by rows. A block takes one tile of its head after the other, adds
@@ -17,10 +17,11 @@
 // register and written when the next one begins. Where buckets follow the order of distances, as those of a
 // model do, each is written once; if one comes again, what it has is read, and rounded once more.
 //
-// Bytes: as the kernels of dQ and of dK, dV, dc2p and dp2c once behind what sets them to zero, and a row of
-// partial sums for each block. Operations: 4 Q K D a head for S and dP, for each axis; one to three reads of
-// shared memory for each element of dS. A row is walked by one thread of two, and near the diagonal, where
-// distances have a bucket each, writes an element at a time: latency is the bound, which other blocks hide.
+// Bytes: those of dQ's kernel, for each axis; dc2p and dp2c once, behind what sets them to zero; a row of
+// partial sums for each block. Operations: 4 Q K D a head for S and dP, for each axis; four reads and three
+// writes of shared memory for each element of dS, and what its terms take. Half the threads walk rows, and
+// near the diagonal, where distances have a bucket each, they write an element at a time: latency is the
+// bound, which the other blocks of the multiprocessor hide, so the tiles are small and have one stage.
 #include "cuda/attention.cuh"
 #include "cuda/column_sums.cuh"
 #include "cuda/reduce.cuh"
@@ -42,7 +43,7 @@ __device__ __forceinline__ void add_distances(const float* ds, const int* places
   for (int distance = lowest + thread; distance <= highest; distance += P::kThreads) {
     float sum = 0.0f;
     for (int i = 0; i < rows; ++i) {
-      const int column = distance + places[i] - first_key;
+      const int column = distance + places[i] - first_key + (FASTTUNE_SEEDED(kBugShiftedDiagonal) ? 1 : 0);
       if (0 <= column && column < columns) sum += ds[i * kTermsPitch<P> + column];
     }
     sums[distance + furthest] += sum;
@@ -56,7 +57,7 @@ __device__ __forceinline__ void add_distances(const float* ds, const int* places
     first = max(0, places[query] + max(furthest, 1) - first_key);
   float sum = 0.0f;
   for (int column = first; column < last; ++column) sum += ds[query * kTermsPitch<P> + column];
-  clamped += sum;
+  if (!FASTTUNE_SEEDED(kBugLostClamp)) clamped += sum;
 }
 
 // The sums of a row by bucket, whose elements come one after the other.
@@ -69,7 +70,8 @@ struct Runs {
   __device__ __forceinline__ void write() {
     if (bucket < 0) return;
     sum *= scale;
-    if (lowest <= bucket && bucket <= highest) sum += to_float(row[bucket]);
+    if (lowest <= bucket && bucket <= highest && !FASTTUNE_SEEDED(kBugOverwrittenRun))
+      sum += to_float(row[bucket]);
     row[bucket] = from_float<T>(sum);
     lowest = min(lowest, bucket);
     highest = max(highest, bucket);
@@ -91,19 +93,18 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     attention_terms_kernel(const fasttune_attention_args args, int64_t tiles, int64_t items, int64_t slots,
                            bool vectors, bool owns_keys) {
   FASTTUNE_DYNAMIC_SHARED(shared);
-  // Of each query of a tile: lse, δ, its place among the keys, and which of its weights are dropped, a byte
-  // for each column modulo 16 (philox.cuh).
+  // Of each query of a tile: its place among the keys, and which of its weights are dropped, a byte for each
+  // column modulo 16 (philox.cuh).
   static_assert(P::kSteps <= P::kRows, "queries are owned or streamed");
-  FASTTUNE_SHARED(float, lse_tile, P::kRows);
-  FASTTUNE_SHARED(float, delta_tile, P::kRows);
   FASTTUNE_SHARED(int, place_tile, P::kRows);
   FASTTUNE_SHARED(unsigned char, dropped_tile, P::kRows * 16);
   // Owned q and dO, streamed k and v, or the other way round.
   T* qk_tile = reinterpret_cast<T*>(shared);
   T* dov_tile = qk_tile + P::kOwned;
-  T* kq_tiles = dov_tile + P::kOwned;
-  T* vdo_tiles = kq_tiles + P::kStages * P::kStreamed;
-  float* ds_tile = reinterpret_cast<float*>(vdo_tiles + P::kStages * P::kStreamed);
+  T* kq_tile = dov_tile + P::kOwned;
+  T* vdo_tile = kq_tile + P::kStreamed;
+  float* s_tile = reinterpret_cast<float*>(vdo_tile + P::kStreamed);  // then dS
+  float* dp_tile = s_tile + P::kRows * kTermsPitch<P>;
 
   const int thread = static_cast<int>(threadIdx.x), g = lane_index() / 4, t = lane_index() % 4;
   const int head_dim = static_cast<int>(args.head_dim);
@@ -135,29 +136,16 @@ __global__ void __launch_bounds__(P::kThreads, 2)
     const T* do_head = query_rows<T>(args.dout, args, at);
     const T* k_head = key_rows<T>(args.key, args, at);
     const T* v_head = key_rows<T>(args.value, args, at);
-    const auto load_queries = [&](int first, int count) {
-      for (int i = thread; i < count; i += P::kThreads) {
-        const int query = first + i;
-        const bool valid = query < at.queries;
-        lse_tile[i] = valid ? args.lse[at.statistics + query] : INFINITY;
-        delta_tile[i] = valid ? args.delta[at.statistics + query] : 0.0f;
-        place_tile[i] = at.position(query) + place_offset(at);
-      }
-    };
-    const auto stream = [&](int step) {
-      const int stage = step % P::kStages, first = step * P::kSteps;
-      load_tile<P, P::kSteps>(kq_tiles + stage * P::kStreamed, owns_keys ? q_head : k_head,
-                              owns_keys ? args.query.row : args.key.row, first, streamed, head_dim, vectors);
-      load_tile<P, P::kSteps>(vdo_tiles + stage * P::kStreamed, owns_keys ? do_head : v_head,
-                              owns_keys ? args.dout.row : args.value.row, first, streamed, head_dim, vectors);
-      cp_async_commit();
+    const Terms<T> terms(args, at);
+    const auto load_places = [&](int first, int count) {
+      for (int i = thread; i < count; i += P::kThreads)
+        place_tile[i] = at.position(first + i) + place_offset(at);
     };
     load_tile<P, P::kRows>(qk_tile, owns_keys ? k_head : q_head, owns_keys ? args.key.row : args.query.row,
                            first_owned, owned, head_dim, vectors);
     load_tile<P, P::kRows>(dov_tile, owns_keys ? v_head : do_head, owns_keys ? args.value.row : args.dout.row,
                            first_owned, owned, head_dim, vectors);
-    stream(steps.first);
-    if (!owns_keys) load_queries(first_owned, P::kRows);
+    if (!owns_keys) load_places(first_owned, P::kRows);
     const fasttune_head_rows gradient = owns_keys ? args.dp2c : args.dc2p;
     Runs<T> runs = {nullptr, args.scale};
     if (gradient.data && thread < rows)
@@ -165,74 +153,78 @@ __global__ void __launch_bounds__(P::kThreads, 2)
                  (first_owned + thread) * gradient.row;
 
     for (int step = steps.first; step < steps.last; ++step) {
-      const int first_streamed = step * P::kSteps, stage = step % P::kStages,
-                columns = min(P::kSteps, streamed - first_streamed);
+      const int first_streamed = step * P::kSteps, columns = min(P::kSteps, streamed - first_streamed);
       const int first_query = owns_keys ? first_streamed : first_owned,
                 first_key = owns_keys ? first_owned : first_streamed;
-      const bool more = step + 1 < steps.last;
-      if (P::kStages == 2 && more) stream(step + 1);
-      if (owns_keys) load_queries(first_query, P::kSteps);
+      load_tile<P, P::kSteps>(kq_tile, owns_keys ? q_head : k_head, owns_keys ? args.query.row : args.key.row,
+                              first_streamed, streamed, head_dim, vectors);
+      load_tile<P, P::kSteps>(vdo_tile, owns_keys ? do_head : v_head,
+                              owns_keys ? args.dout.row : args.value.row, first_streamed, streamed, head_dim,
+                              vectors);
+      cp_async_commit();
+      if (owns_keys) load_places(first_query, P::kSteps);
       if (dropout.threshold)
         for (int i = thread; i < (owns_keys ? P::kSteps : P::kRows) * 16; i += P::kThreads)
           dropped_tile[i] = static_cast<unsigned char>(
               dropped_bits(dropout, static_cast<uint32_t>(first_key / kDropoutBlock * 16 + i % 16),
                            static_cast<uint32_t>(at.position(first_query + i / 16)), head_number(args, at),
                            kAttentionDomain));
-      if (P::kStages == 2 && more)
-        cp_async_wait<1>();
-      else
-        cp_async_wait<0>();
+      cp_async_wait<0>();
       __syncthreads();
 
       float s[P::kSteps / 8][4], dp[P::kSteps / 8][4];
       clear(s);
       clear(dp);
-      multiply_transposed<P>(s, qk_tile + 16 * warp_index() * P::kPitch, kq_tiles + stage * P::kStreamed,
-                             head_dim);
-      multiply_transposed<P>(dp, dov_tile + 16 * warp_index() * P::kPitch, vdo_tiles + stage * P::kStreamed,
-                             head_dim);
+      multiply_transposed<P>(s, qk_tile + 16 * warp_index() * P::kPitch, kq_tile, head_dim);
+      multiply_transposed<P>(dp, dov_tile + 16 * warp_index() * P::kPitch, vdo_tile, head_dim);
       FASTTUNE_UNROLL
       for (int j = 0; j < P::kSteps / 8; ++j) {
         FASTTUNE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int row = 16 * warp_index() + g + i / 2 * 8, column = 8 * j + 2 * t + i % 2,
-                    query = owns_keys ? column : row, key = first_key + (owns_keys ? row : column),
-                    place = place_tile[query];
-          float p = exp2f(Terms<T>(args, at).score(args, at, s[j][i], place, first_query + query, key) -
-                          lse_tile[query]);
-          if (key >= at.keys || hidden(args, place, key)) p = 0.0f;
-          if (dropout.threshold) {
-            const bool dropped = (dropped_tile[query * 16 + key % 16] >> (key % kDropoutBlock / 16)) & 1;
-            dp[j][i] = dropped ? 0.0f : dp[j][i] * dropout.scale;
-          }
-          ds_tile[row * kTermsPitch<P> + column] = p * (dp[j][i] - delta_tile[query]);
+          const int place = (16 * warp_index() + g + i / 2 * 8) * kTermsPitch<P> + 8 * j + 2 * t + i % 2;
+          s_tile[place] = s[j][i];
+          dp_tile[place] = dp[j][i];
         }
       }
       __syncthreads();
+      each_score<P>([&](int row, int column) {
+        if (row >= rows || column >= columns) return;
+        const int in_tile = owns_keys ? column : row, place = place_tile[in_tile],
+                  query = first_query + in_tile, key = first_key + (owns_keys ? row : column);
+        float& score = s_tile[row * kTermsPitch<P> + column];
+        float dp = dp_tile[row * kTermsPitch<P> + column];
+        if (dropout.threshold) {
+          const bool dropped = (dropped_tile[in_tile * 16 + key % 16] >> (key % kDropoutBlock / 16)) & 1;
+          dp = dropped ? 0.0f : dp * dropout.scale;
+        }
+        const float lse = args.lse[at.statistics + query], delta = args.delta[at.statistics + query];
+        const float p = exp2f(fmaf(score, args.scale * kLog2e, terms.sum(args, place, query, key)) - lse);
+        score = hidden(args, place, key) ? 0.0f : p * (dp - delta);
+      });
+      if (!FASTTUNE_SEEDED(kBugMissingScoresSync)) __syncthreads();
       if (sums)
-        add_distances<P>(ds_tile, place_tile, rows, first_key, columns, args.bias_furthest, sums, clamped);
+        add_distances<P>(s_tile, place_tile, rows, first_key, columns, args.bias_furthest, sums, clamped);
       if (runs.row) {
         for (int column = 0; column < columns; ++column) {
           const int distance =
               owns_keys ? first_key + thread - place_tile[column] : first_key + column - place_tile[thread];
           runs.add(args.buckets[in_table(distance, args.buckets_furthest)],
-                   ds_tile[thread * kTermsPitch<P> + column]);
+                   s_tile[thread * kTermsPitch<P> + column]);
         }
       }
       __syncthreads();  // before the tiles are overwritten
-      if (P::kStages == 1 && more) stream(step + 1);
     }
-    if (runs.row) runs.write();
+    if (runs.row && !FASTTUNE_SEEDED(kBugLostRun)) runs.write();
   }
 
   if (!sums) return;
   __syncthreads();  // blocks without a tile: the sums are zero
-  ds_tile[thread] = clamped;
+  s_tile[thread] = clamped;
   __syncthreads();
   if (warp_index() != 0) return;
   for (int side = 0; side < 2; ++side) {
     float sum = 0.0f;
-    for (int i = lane_index(); i < P::kRows; i += kWarp) sum += ds_tile[side * P::kRows + i];
+    for (int i = lane_index(); i < P::kRows; i += kWarp) sum += s_tile[side * P::kRows + i];
     sum = warp_sum(sum);
     if (lane_index() == 0) sums[side * (distances - 1)] += sum;
   }
@@ -241,7 +233,7 @@ __global__ void __launch_bounds__(P::kThreads, 2)
 }  // namespace
 
 const char* attention_terms_backward(const fasttune_attention_args& args, void* stream) {
-  return with_tiles(args.dtype, args.head_dim, true, [&](auto shape, auto element) -> const char* {
+  return with_tiles(args, [&](auto shape, auto element) -> const char* {
     using P = decltype(shape);
     using T = decltype(element);
     const char* problem = nullptr;

@@ -68,7 +68,8 @@ def test_the_instructions_are_those_that_the_sources_claim(disassembled):
         assert count["LDL"] == count["STL"] == 0 or kernel.spills, f"arrays in local memory: {kernel}"
         if "head_dim" in kernel.facts:
             assert count["LDGSTS.E.BYPASS.128"] > 0, f"no asynchronous 16-byte copy: {kernel}"
-            assert count["STG.E.128"] > 0, f"no 16-byte store: {kernel}"
+            if kernel.kernel != "attention_terms_kernel":  # which writes by bucket
+                assert count["STG.E.128"] > 0, f"no 16-byte store: {kernel}"
             if kernel.facts["dtype"] != "float32":
                 assert count["HMMA"] > 0, f"no matrix instruction: {kernel}"
                 assert count["LDSM"] > 0, f"no ldmatrix: {kernel}"

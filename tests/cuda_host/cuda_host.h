@@ -48,6 +48,11 @@ constexpr int kBugWrongFragment = 4;       // attention.cuh: two registers of an
 constexpr int kBugMissingWait = 5;         // attention_forward.cu: a tile is read before it has arrived
 constexpr int kBugMissingTileSync = 6;  // attention_forward.cu: a tile is read that other threads are writing
 constexpr int kBugSameHalf = 7;         // rotary.cu: the gradient takes each half's own sine
+constexpr int kBugMissingScoresSync = 8;  // attention_terms.cu: dS is read that other threads are writing
+constexpr int kBugShiftedDiagonal = 9;    // attention_terms.cu: a distance takes its neighbour's dS
+constexpr int kBugLostClamp = 10;         // attention_terms.cu: what is clamped is not added up
+constexpr int kBugLostRun = 11;           // attention_terms.cu: a row's last run is not written
+constexpr int kBugOverwrittenRun = 12;    // attention_terms.cu: a bucket that comes again forgets what it has
 
 namespace host {
 

@@ -336,9 +336,47 @@ void rotary(int dtype, int64_t head_dim, int64_t width, int table_dtype) {
   print(name, {&out, &dx});
 }
 
+// All terms of a dense call, by buckets that come in order, but for the last. One row of partial sums: a
+// block takes several tiles of queries.
+struct AttentionTerms {
+  static constexpr int64_t kWidth = 9, kFurthest = 20, kDistances = 2 * kFurthest + 1;
+  Buffer bias, dbias, partial, c2p, dc2p, p2c, dp2c;
+  int32_t buckets[kDistances] = {};
+
+  explicit AttentionTerms(fasttune_attention_args& args)
+      : bias(FASTTUNE_F32, args.heads * kDistances),
+        dbias(FASTTUNE_F32, args.heads * kDistances),
+        partial(FASTTUNE_F32, args.heads * kDistances),
+        c2p(args.dtype, args.sequences * args.queries * args.heads * kWidth),
+        dc2p(args.dtype, c2p.count()),
+        p2c(args.dtype, args.sequences * args.keys * args.heads * kWidth),
+        dp2c(args.dtype, p2c.count()) {
+    const auto rows_of = [&](const Buffer& buffer, int64_t rows) {
+      const int64_t width = args.heads * kWidth;
+      return fasttune_head_rows{buffer.data(), rows * width, width, kWidth};
+    };
+    for (int64_t i = 0; i < kDistances - 1; ++i) buckets[i] = static_cast<int32_t>(i * kWidth / kDistances);
+    bias.random();
+    c2p.random(2.0f);
+    p2c.random(2.0f);
+    std::memset(dc2p.data(), 0, dc2p.bytes());
+    std::memset(dp2c.data(), 0, dp2c.bytes());
+    args.bias = bias.floats();
+    args.bias_furthest = args.buckets_furthest = kFurthest;
+    args.buckets = buckets;
+    args.c2p = rows_of(c2p, args.queries);
+    args.p2c = rows_of(p2c, args.keys);
+    args.dbias = dbias.floats();
+    args.dbias_partial = partial.floats();
+    args.partials = 1;
+    args.dc2p = rows_of(dc2p, args.queries);
+    args.dp2c = rows_of(dp2c, args.keys);
+  }
+};
+
 void attention(const char* operation, int dtype, int64_t sequences, int64_t queries, int64_t keys,
                int64_t heads, int64_t head_dim, std::vector<int> offsets, std::vector<int> query_offsets = {},
-               std::vector<int> positions = {}, int window = -1) {
+               std::vector<int> positions = {}, int window = -1, bool with_terms = false) {
   const std::string name = label(operation, dtype, head_dim);
   if (!wanted(name)) return;
   const int64_t width = heads * head_dim;
@@ -379,9 +417,14 @@ void attention(const char* operation, int dtype, int64_t sequences, int64_t quer
   args.dkey = rows_of(dkey, keys);
   args.dvalue = rows_of(dvalue, keys);
   args.delta = delta.floats();
+  std::unique_ptr<AttentionTerms> terms;
+  if (with_terms) terms = std::make_unique<AttentionTerms>(args);
   check(fasttune_cuda_attention_forward(&args, nullptr));
   check(fasttune_cuda_attention_backward(&args, nullptr));
-  print(name, {&out, &lse, &delta, &dquery, &dkey, &dvalue});
+  if (terms)
+    print(name, {&out, &dquery, &dkey, &dvalue, &terms->dbias, &terms->dc2p, &terms->dp2c});
+  else
+    print(name, {&out, &lse, &delta, &dquery, &dkey, &dvalue});
 }
 
 }  // namespace
@@ -423,6 +466,7 @@ int main(int count, char** arguments) {
     attention("attention_chosen", dtype, 4, 6, 110, 1, 24, {0, 20, 20, 85, 110}, {0, 1, 1, 5, 6},
               {19, 0, 30, 31, 64, 3});
     attention("attention_window", dtype, 1, 150, 150, 1, 24, {}, {}, {}, 9);
+    attention("attention_terms", dtype, 1, 70, 80, 1, 24, {}, {}, {}, -1, true);
   }
   return 0;
 }

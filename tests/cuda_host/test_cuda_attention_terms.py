@@ -44,13 +44,12 @@ def check(terms, inputs, **options):
     assert_same_math(fused, reference, inputs, ["query", "key", "value", *terms], SWEEP_SLACK)
 
 
-SETS = [("bias",), ("c2p",), ("p2c",), ("bias", "c2p", "p2c")]
+EVERY = ("bias", "c2p", "p2c")
 
 
-# Blocks of 64 queries by 64 keys (float32 32 by 32; at head dimension 128 half as many keys). 200 distances go over
+# Blocks of 64 queries by 32 keys (float32 32 by 16; at head dimension 128 half as many keys). 200 distances go over
 # everything, 70 over a block, 3 and 1 reach nearly none.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("terms", SETS)
 @pytest.mark.parametrize(
     ("queries", "keys", "head_dim", "furthest", "width", "causal", "window"),
     [
@@ -60,10 +59,17 @@ SETS = [("bias",), ("c2p",), ("p2c",), ("bias", "c2p", "p2c")]
         (66, 66, 128, 1, 3, True, 30),
     ],
 )
-def test_matches_the_reference(terms, queries, keys, head_dim, furthest, width, causal, window, dtype):
+def test_matches_the_reference(queries, keys, head_dim, furthest, width, causal, window, dtype):
     options = {"causal": causal, "window": window, "dropout_p": 0.2 if causal else 0.0}
-    inputs = inputs_of(terms, queries, keys, 2, head_dim, furthest, width, dtype, batch=(2,))
-    check(terms, inputs, **options_of(terms, furthest, width), **options)
+    inputs = inputs_of(EVERY, queries, keys, 2, head_dim, furthest, width, dtype, batch=(1,))
+    check(EVERY, inputs, **options_of(EVERY, furthest, width), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("terms", [("bias",), ("c2p",), ("p2c",)])
+def test_a_term_alone(terms, dtype):
+    inputs = inputs_of(terms, 70, 90, 2, 16, 30, 25, dtype, batch=(2,))
+    check(terms, inputs, dropout_p=0.2, **options_of(terms, 30, 25))
 
 
 def test_a_table_of_one_number():
@@ -74,22 +80,63 @@ def test_a_table_of_one_number():
 # A bucket that comes again in a row adds to what is there, in the gradient's dtype: one more rounding each time.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_buckets_in_any_order_and_tables_of_two_lengths(dtype):
-    terms = ("bias", "c2p", "p2c")
     buckets = torch.randint(0, 7, (2 * 21 + 1,))
-    inputs = inputs_of(terms, 40, 70, 2, 16, 33, 7, dtype, batch=(1,))
-    check(terms, inputs, buckets=buckets)
+    inputs = inputs_of(EVERY, 40, 70, 2, 16, 33, 7, dtype, batch=(1,))
+    check(EVERY, inputs, buckets=buckets)
 
 
 # Positions before the first key, behind the last, twice the same, and further apart than the table reaches.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("terms", SETS)
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 9), (True, 9)])
-def test_chosen_queries_inside_before_and_behind(terms, causal, window, dtype):
+def test_chosen_queries_inside_before_and_behind(causal, window, dtype):
     lengths, furthest, width = [9, 150, 0, 40], 30, 25
     positions = [[-(2**30), -7, -1, 0, 8, 9], list(range(-20, 170, 2)), [-1, 3], [0, 1, 1, 39, 39, 60, 2**30]]
     cu_seqlens, cu_seqlens_q = (torch.tensor([0, *x]).cumsum(0) for x in (lengths, list(map(len, positions))))
     flat = torch.tensor([place for places in positions for place in places])
-    inputs = inputs_of(terms, flat.numel(), sum(lengths), 2, 32, furthest, width, dtype)
+    inputs = inputs_of(EVERY, flat.numel(), sum(lengths), 2, 32, furthest, width, dtype)
     layout = {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "positions_q": flat}
     options = {"causal": causal, "window": window, "dropout_p": 0.2}
-    check(terms, inputs, **options_of(terms, furthest, width), **layout, **options)
+    check(EVERY, inputs, **options_of(EVERY, furthest, width), **layout, **options)
+
+
+def gradients(inputs, needed=None, **options):
+    """Of each of the inputs that is needed, else None."""
+    names = ("query", "key", "value", *EVERY)
+    leaves = [
+        x.detach().requires_grad_(needed is None or name in needed) for name, x in zip(names, inputs, strict=True)
+    ]
+    out = attend("cuda", EVERY, *leaves, **options)
+    torch.manual_seed(1)
+    out.backward(torch.randn(out.shape).to(out.dtype))
+    return dict(zip(names, [x.grad for x in leaves], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_needed_alone(dtype):
+    inputs, options = inputs_of(EVERY, 70, 70, 2, 16, 30, 25, dtype, batch=(1,)), options_of(EVERY, 30, 25)
+    every = gradients(inputs, **options)
+    for name in every:
+        found = gradients(inputs, name, **options)
+        assert torch.equal(found.pop(name), every[name])
+        assert all(gradient is None for gradient in found.values())
+
+
+def test_strides():
+    """Of heads that come first, of a slice of the buckets, and of a column of everything else."""
+    inputs, options = inputs_of(EVERY, 70, 70, 2, 16, 30, 25, torch.bfloat16, batch=(2,)), options_of(EVERY, 30, 25)
+    *tensors, bias, c2p, p2c = inputs
+    wide, apart = torch.randn(2, 70, 2, 60).bfloat16(), torch.randn(2, 70, 2, 25, 2).bfloat16()
+    wide[..., 3:28], apart[..., 1] = c2p, p2c
+    every = gradients(inputs, **options)
+    for terms in (
+        (bias.t().contiguous().t(), c2p.transpose(1, 2).contiguous().transpose(1, 2), apart[..., 1]),
+        (bias, wide[..., 3:28], p2c.transpose(1, 2).contiguous().transpose(1, 2)),
+    ):
+        found = gradients([*tensors, *terms], **options)
+        assert all(torch.equal(found[name], every[name]) for name in every)
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (1, 0, 4), (1, 3, 0)])
+def test_empty_inputs(batch, queries, keys):
+    inputs = inputs_of(EVERY, queries, keys, 1, 16, 3, 5, torch.float32, batch=(batch,))
+    assert all((gradient == 0).all() for gradient in gradients(inputs, **options_of(EVERY, 3, 5)).values())

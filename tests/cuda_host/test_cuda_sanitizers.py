@@ -14,6 +14,7 @@ from cuda_host import building
 
 # tests/cuda_host/cuda_host.h
 MISSING_SYNC, UNORDERED_REDUCTION, OFF_BY_ONE, WRONG_FRAGMENT, MISSING_WAIT, MISSING_TILE_SYNC, SAME_HALF = range(1, 8)
+MISSING_SCORES_SYNC, SHIFTED_DIAGONAL, LOST_CLAMP, LOST_RUN, OVERWRITTEN_RUN = range(8, 13)
 REPORTS = ("ThreadSanitizer", "AddressSanitizer", "runtime error", "cuda_host:")
 
 
@@ -37,7 +38,7 @@ def expected(harness):
     """What the kernels compute, as fibers in ascending order."""
     lines, reports = drive("plain")
     assert not reports
-    assert len(lines) == 3 * (2 + 6 + 9 + 1 + 2 + 2 + 2 + 4)
+    assert len(lines) == 3 * (2 + 6 + 9 + 1 + 2 + 2 + 2 + 5)
     assert [line for line in lines if not line.endswith("nan=0")] == []
     return lines
 
@@ -72,6 +73,7 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(expected, dtype):
         (MISSING_SYNC, "f32/layer_norm/520", "reduce.cuh"),
         (UNORDERED_REDUCTION, "f32/layer_norm/520", "reduce.cuh"),
         (MISSING_TILE_SYNC, "bf16/attention/", "load_matrices"),  # the emulated ldmatrix
+        (MISSING_SCORES_SYNC, "f32/attention_terms/", "attention_terms.cu"),
     ],
 )
 def test_a_missing_barrier_is_a_race(bug, case, where):

@@ -1,4 +1,4 @@
-"""csrc/cuda/attention_forward.cu and csrc/cuda/attention_backward.cu. lse is to base 2, like the Triton kernels'."""
+"""csrc/cuda/attention_*.cu. lse is to base 2, like the Triton kernels'."""
 
 from __future__ import annotations
 
@@ -71,8 +71,10 @@ def backward(
     for gradient in (dc2p, dp2c):
         if gradient is not None:
             gradient.zero_()
-    partials = max(1, BLOCKS * _cuda.multiprocessors(query.device) // query.shape[-2])
-    partial = None if dbias is None else dbias.new_empty((partials, *dbias.shape))
+    partials, partial = 0, None
+    if dbias is not None:
+        partials = max(1, BLOCKS * _cuda.multiprocessors(query.device) // max(1, query.shape[-2]))
+        partial = dbias.new_empty((partials, *dbias.shape))
     _cuda.call(
         "attention_backward",
         query,
