@@ -66,6 +66,11 @@ def _rotary(x: Tensor, **options: object) -> Tensor:
     return ops.rotary(x, *(table.to(x.device) for table in TABLES), row_ids=positions, rotated=2, **options)
 
 
+def _disentangled(query: Tensor, key: Tensor, value: Tensor, c2p: Tensor, p2c: Tensor, **options: object) -> Tensor:
+    buckets = torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32, device=query.device)
+    return ops.attention(query, key, value, c2p=c2p, p2c=p2c, buckets=buckets, **options)
+
+
 _ROWS, _PARAMETER, _HEADS = (4, 20), (20,), (2, 3, 2, 16)
 
 CALLS = {
@@ -81,6 +86,8 @@ CALLS = {
         lambda *x, **o: ops.attention(*x, causal=True, **{k: v.to(x[0].device) for k, v in CHOSEN.items()}, **o),
         ((3, 2, 16), (5, 2, 16), (5, 2, 16)),
     ),
+    "attention, bias": Call(lambda *x, **o: ops.attention(*x[:3], bias=x[3], **o), (*(_HEADS,) * 3, (2, 5))),
+    "attention, disentangled": Call(_disentangled, (_HEADS,) * 3 + ((2, 3, 2, 4),) * 2),
     "attention_packed_qkv": Call(ops.attention_packed_qkv, ((2, 3, 3, 2, 16),)),
     "layer_norm": Call(ops.layer_norm, (_ROWS, _PARAMETER, _PARAMETER)),
     "dropout_add_layer_norm": Call(_seeded(ops.dropout_add_layer_norm), (_ROWS, _ROWS, _PARAMETER, _PARAMETER)),
