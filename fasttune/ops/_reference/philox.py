@@ -68,7 +68,7 @@ def elementwise_keep_mask(rows: Tensor, columns: int, seed: Tensor, dropout_p: f
 
 
 def attention_keep_mask(query_rows: Tensor, batch_heads: Tensor, keys: int, seed: Tensor, dropout_p: float) -> Tensor:
-    """Mask (..., keys) of attention weights; query_rows: position of the query in its sequence, batch_heads:
-    sequence * heads + head, both int64 and broadcast against each other."""
+    """Mask (..., keys) of attention weights; query_rows: position of the query in its sequence, negative
+    before the first key; batch_heads: sequence * heads + head; both int64 and broadcast against each other."""
     query_rows, batch_heads = torch.broadcast_tensors(query_rows, batch_heads)
-    return keep_mask(query_rows, batch_heads, ATTENTION_DOMAIN, keys, seed, dropout_p)
+    return keep_mask(query_rows & WORD, batch_heads, ATTENTION_DOMAIN, keys, seed, dropout_p)
