@@ -89,7 +89,7 @@ def test_launches_that_are_cut_and_repeated(monkeypatch):
 def test_gradients_that_nobody_needs_are_not_computed(needed, kernels):
     inputs = dict(zip(NAMES, inputs_of(20, 20, 1, 21, 25), strict=True))
     inputs[needed].requires_grad_()
-    out = run("triton", buckets=(torch.arange(-12, 13) + 12).int())(**inputs)
+    out = run("triton", buckets=(torch.arange(-12, 13) + 12).int())(*inputs.values())
     with traffic() as moved:
         torch.autograd.grad(out.sum(), inputs[needed])
     assert {name for name, _ in moved} == {f"attention_{kernel}_kernel" for kernel in kernels}
