@@ -31,13 +31,13 @@ def check(inputs, names=NAMES, **options):
     assert_same_math(*both, inputs, names, SWEEP_SLACK)
 
 
-# A bucket for all, in no order, few distances; the bias reaches further than the buckets, or less far; one term alone.
+# A bucket for all, in no order, one distance; the bias reaches further than the buckets, or less far; one term alone.
 @pytest.mark.parametrize(
     ("buckets", "bias_columns", "without"),
     [
         (torch.zeros(181), 21, ()),
         (torch.randint(7, (181,), generator=torch.Generator().manual_seed(0)), 401, ("p2c",)),
-        (torch.tensor([6, 0, 3]), 1, ("bias", "c2p")),
+        (torch.tensor([3]), 1, ("c2p",)),
     ],
 )
 def test_any_map_of_buckets(buckets, bias_columns, without):
