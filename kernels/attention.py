@@ -114,6 +114,20 @@ WINDOW_TILES = {
     ("gfx942", 128, "forward"): Tiles(64, 64, 8, 1),
     ("gfx942", 128, "dq"): Tiles(64, 32, 8, 1),
 }
+# Terms of the scores have addresses in registers, and rows of buckets most of them: (padded head dimension, kernel,
+# terms) -> tiles, of every target.
+TERM_TILES = {
+    (64, "forward", "bias"): Tiles(64, 64, 4, 2),
+    (64, "forward", "buckets"): Tiles(64, 64, 4, 2),
+    (64, "dq", "bias"): Tiles(64, 64, 8, 1),
+    (64, "dq", "buckets"): Tiles(64, 32, 8, 1),
+    (64, "dkdv", "buckets"): Tiles(16, 64, 4, 1),
+    (128, "forward", "bias"): Tiles(64, 64, 8, 1),
+    (128, "forward", "buckets"): Tiles(64, 64, 8, 1),
+    (128, "dq", "bias"): Tiles(64, 32, 8, 1),
+    (128, "dq", "buckets"): Tiles(64, 32, 8, 1),
+    (128, "dkdv", "buckets"): Tiles(16, 64, 8, 1),
+}
 # What tuning tries beside them, in 16 bits: deeper pipelines, and a tile that may spill but reads less.
 MORE_TILES = (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2))
 # No matrix instructions in IEEE float32: a thread multiplies whole rows of head_dim elements, held in registers.
@@ -133,14 +147,22 @@ INTERPRETED_TILES = {
 
 
 def tiles(
-    kernel: str, block_d: int, dtype: torch.dtype, dropout: bool, chosen: bool = False, windowed: bool = False
+    kernel: str,
+    block_d: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    chosen: bool = False,
+    windowed: bool = False,
+    terms: str = "",
 ) -> Tiles:
     target = launch.target()
     if target == "interpreter":
         return INTERPRETED_TILES[kernel]
     if dtype == torch.float32:
         return FLOAT32_TILES[max(64, block_d), kernel]
-    width, dropout = max(64, block_d), dropout or chosen or windowed
+    width, dropout = max(64, block_d), dropout or chosen or windowed or terms != ""
+    if (width, kernel, terms) in TERM_TILES:
+        return TERM_TILES[width, kernel, terms]
     known = target if (target, 64, kernel, dropout) in TILES else ("gfx942" if target.startswith("gfx") else "sm80")
     special = (CHOSEN_TILES if chosen else {}) | (WINDOW_TILES if windowed else {})
     for name in (target, known):
@@ -153,9 +175,10 @@ def _tile(kernel: str, query: Tensor, call: Any, launch_with: Callable[..., None
     """The table's tile or, with FASTTUNE_AUTOTUNE=1, the fastest of those for any target and of MORE_TILES."""
     block_d = launch.power_of_two(query.shape[-1], 16)
     dropout, chosen, windowed = call.seed is not None, call.positions_q is not None, call.window is not None
-    default = tiles(kernel, block_d, query.dtype, dropout, chosen, windowed)
+    terms = "buckets" if call.buckets is not None else "bias" if call.bias is not None else ""
+    default = tiles(kernel, block_d, query.dtype, dropout, chosen, windowed, terms)
     kind = f"attention {kernel} {block_d} {query.dtype} causal={call.causal} dropout={dropout}"
-    kind += " chosen" if chosen else ""
+    kind += " chosen" * chosen + f" {terms}" * bool(terms)
     kind += f" window={launch.power_of_two(call.window)}" if windowed else ""
     if query.dtype == torch.float32:
         candidates = [tile for (_, name), tile in FLOAT32_TILES.items() if name == kernel]
@@ -305,7 +328,7 @@ def _tile_constants(tile: Tiles) -> dict[str, int]:
 
 def _step(tile: Tiles, dtype: torch.dtype, call: Any) -> int:
     """Keys a step of the loop: with dropout all that a counter serves, where there are registers for that."""
-    whole = call.seed is not None and dtype != torch.float32 and call.buckets is None
+    whole = call.seed is not None and dtype != torch.float32 and call.bias is None and call.buckets is None
     return max(128, tile.block_n) if whole else tile.block_n
 
 

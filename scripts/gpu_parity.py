@@ -69,6 +69,23 @@ def _pair(operation: str, backend: str, device: str, dtype: torch.dtype, big: bo
         for causal in (False, True):
             both = [partial(windowed, which, causal) for which in (backend, "torch")]
             yield case(f"window causal={causal}", *both, inputs)
+        # Distances with a bucket each, with one for several, and beyond the furthest.
+        distance = torch.arange(-90, 91, device=device)
+        buckets = (
+            distance.sign() * (distance.abs().clamp(max=20) + (distance.abs() - 20).clamp(min=0) // 3) + 43
+        ).int()
+        terms = [random(3, 181), random(2, tokens, 3, 87), random(2, tokens, 3, 87)]
+
+        def with_terms(
+            backend: str, causal: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *of: torch.Tensor
+        ) -> torch.Tensor:
+            torch.manual_seed(3)
+            given = dict(zip(("bias", "c2p", "p2c"), of, strict=True))
+            return ops.attention(q, k, v, **given, buckets=buckets, causal=causal, dropout_p=0.2, backend=backend)
+
+        for causal in (False, True):
+            both = [partial(with_terms, which, causal) for which in (backend, "torch")]
+            yield case(f"terms causal={causal}", *both, [*inputs, *terms])
         offsets = torch.tensor([0, 20, 20, tokens - 7, tokens], dtype=torch.int32, device=device)
         packed = [random(tokens, 3, 64) for _ in range(3)]
         options = {"causal": True, "cu_seqlens": offsets}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from gpu_cases import CHOSEN, CLASSES, HIDDEN, ROWS, SEQUENCES, TOKENS, Case
+from gpu_cases import BUCKETS, CHOSEN, CLASSES, HIDDEN, ROWS, SEQUENCES, TOKENS, Case
 
 MEMORY = 3.35e12  # bytes/s
 MATRIX = 989e12  # FLOP/s, bfloat16 and float16
@@ -61,9 +61,15 @@ def _attention(kernel: str, case: Case) -> Work:
     tensors = (of_queries * queries + of_keys * ROWS) / rows
     if case.facts["dropout"]:
         operations += 15 if kernel != "attention_dkdv_kernel" else 26
+    terms, rows_of_buckets = case.facts.get("terms", ""), 0.0
+    if "bias" in terms:  # the place of a distance, its bias; the diagonals of dS
+        operations += 14 if kernel == "attention_dq_kernel" else 6
+    if "disentangled" in terms:  # c2p and p2c, read; a gradient of one of them in float32, read and written
+        operations += 10 if kernel == "attention_forward_kernel" else 18
+        rows_of_buckets = BUCKETS / head_dim * (2 * size + (0 if kernel == "attention_forward_kernel" else 8))
     return Work(
         rows * HIDDEN,
-        tensors * size + 8 / head_dim * queries / rows,
+        tensors * size + 8 / head_dim * queries / rows + rows_of_buckets,
         operations * pairs / head_dim,
         2 * products * pairs,
         pairs / head_dim,

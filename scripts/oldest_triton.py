@@ -16,8 +16,9 @@ import gpu_cases
 import triton
 
 # In bfloat16; the targets are those whose compilers differ most. Attention at head dimension 64 with and without
-# dropout, every other operation in its first variant.
-SAMPLE = {"attention": ("d64 causal", "d64 causal dropout", "d64 causal packed", "d64 causal chosen")}
+# dropout and terms, every other operation in its first variant.
+ATTENTION = ("causal", "causal dropout", "causal packed", "causal chosen", "bias dropout", "disentangled dropout")
+SAMPLE = {"attention": tuple(f"d64 {variant}" for variant in ATTENTION)}
 TARGETS = {"attention": ("sm90",)}
 
 

@@ -8,7 +8,7 @@ import gpu_cases
 import pytest
 
 RULES = gpu_budgets.load("triton")
-GATE = [(case, target) for case in gpu_cases.cases() for target in gpu_cases.TARGETS]
+GATE = [(case, target) for case in gpu_cases.cases() for target in case.targets]
 
 
 @pytest.mark.parametrize(("case", "target"), GATE, ids=lambda value: str(value).replace(" ", "-"))

@@ -54,6 +54,15 @@ def attention_of_views(batch, tokens):
     attention.backward(out, (*qkv.unbind(-3), out, lse), [*torch.empty_like(qkv).unbind(-3), None, None, None], call)
 
 
+def attention_with_terms(batch, tokens):
+    query, places = (empty(batch, tokens, 12, columns, dtype=DTYPE) for columns in (64, 512))
+    terms = empty(12, 257, dtype=torch.float32), places, places, empty(1025, dtype=torch.int32)
+    call = Call(None, None, None, None, new_seed(), False, 0.125, 0.1, None, *terms)
+    out, lse = attention.forward(query, query, query, call)
+    gradients = list(map(torch.empty_like, (query, query, query, *terms[:3])))
+    attention.backward(out, (query, query, query, out, lse), gradients, call)
+
+
 def norms(batch, tokens):
     x, weight, seed = empty(batch, tokens, 768, dtype=DTYPE), empty(768, dtype=DTYPE), new_seed()
     _, total, statistics = layer_norm.dropout_add_layer_norm(x, x, weight, weight, None, seed, 0.1, 1e-5, True)
@@ -128,6 +137,7 @@ STEPS = [
     lambda batch, tokens: attention_step(batch, tokens, packed=True),
     attention_of_chosen_queries,
     attention_of_views,
+    attention_with_terms,
     norms,
     elementwise,
     gates,

@@ -95,7 +95,7 @@ def gradients(function, inputs, upstream):
 # three blocks of C++, two of Triton's.
 @pytest.mark.parametrize("dtype", either(DTYPES, [torch.bfloat16]))
 @pytest.mark.parametrize(("furthest", "width"), either([(0, 1), (9, 7), (64, 50), (300, 128)], [(9, 7), (300, 128)]))
-@pytest.mark.parametrize("terms", either(SETS, SETS[:1] + SETS[3:]))
+@pytest.mark.parametrize("terms", either(SETS, [SETS[0], SETS[4]]))
 def test_matches_stock(isa, terms, furthest, width, dtype):
     for queries, keys, head_dim in either([(67, 67, 17), (67, 150, 64), (150, 70, 40)], [(67, 150, 64)]):
         inputs = inputs_of(terms, 2, queries, keys, 2, head_dim, furthest, width, dtype)
