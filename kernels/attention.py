@@ -172,7 +172,11 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _with_unit_strides(call: Any) -> Any:
-    return call._replace(**{name: _unit_stride(x) for name in ("c2p", "p2c") if (x := getattr(call, name)) is not None})
+    """Of c2p and p2c; the kernels hold offsets within a tile in 32 bits."""
+    terms = {name: x for name in ("c2p", "p2c") if (x := getattr(call, name)) is not None}
+    return call._replace(
+        **{name: _unit_stride(x) if x.stride(-3) < 2**23 else x.contiguous() for name, x in terms.items()}
+    )
 
 
 def _strides(x: Tensor | None) -> tuple[int | None, ...]:
@@ -238,10 +242,24 @@ def _terms(part: Part, call: Any) -> tuple[Tensor | None, ...]:
     return part.of_bias(call.bias), *part.of(call.c2p, call.p2c), call.buckets
 
 
-def _furthest(call: Any) -> tuple[int | None, int | None]:
+def _reach(call: Any) -> tuple[int | None, int | None]:
     """R of the bias and of the buckets."""
     bias, buckets = call.bias, call.buckets
     return None if bias is None else bias.shape[1] // 2, None if buckets is None else buckets.shape[0] // 2
+
+
+def _ranks(buckets: Tensor) -> Tensor:
+    """Of each distance, how many before it have the same bucket."""
+    ordered, order = buckets.sort(stable=True)
+    number = torch.arange(buckets.shape[0], dtype=torch.int32, device=buckets.device)
+    return (number - torch.searchsorted(ordered, ordered, out_int32=True)).gather(0, order.argsort())
+
+
+def _sums(gradient: Tensor | None) -> Tensor | None:
+    """float32 for the kernels to add to, where they can the gradient itself."""
+    if gradient is None or (gradient.dtype == torch.float32 and gradient.stride(-1) == 1):
+        return gradient
+    return torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
 
 
 def _lse_strides(query: Tensor, call: Any) -> tuple[int, int]:
@@ -285,9 +303,10 @@ def _tile_constants(tile: Tiles) -> dict[str, int]:
     }
 
 
-def _step(tile: Tiles, dtype: torch.dtype, seed: Tensor | None) -> int:
-    """Keys a step of the loop: with dropout all that a counter serves; float32 has no registers for that."""
-    return tile.block_n if seed is None or dtype == torch.float32 else max(128, tile.block_n)
+def _step(tile: Tiles, dtype: torch.dtype, call: Any) -> int:
+    """Keys a step of the loop: with dropout all that a counter serves, where there are registers for that."""
+    whole = call.seed is not None and dtype != torch.float32 and call.buckets is None
+    return max(128, tile.block_n) if whole else tile.block_n
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tensor, Tensor]:
@@ -306,10 +325,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Any) -> tuple[Tenso
         for part in _launches(query, call):
             attention_forward_kernel[_grid(sizes[1], tile.block_m, part, call)](
                 *(*part.of(query, key, value, out), *part.of_statistics(lse), *pointers, call.seed),
-                *(*_terms(part, call), *part.numbers(), *sizes, call.window, *_furthest(call)),
+                *(*_terms(part, call), *part.numbers(), *sizes, call.window, *_reach(call)),
                 *(*_strides(query), *_strides(key), *_strides(value), *_strides(call.c2p), *_strides(call.p2c)),
                 *(*_strides(out), *_lse_strides(query, call), call.scale, threshold, keep_scale),
-                STEP=_step(tile, query.dtype, call.seed),
+                STEP=_step(tile, query.dtype, call),
                 **_tile_constants(tile),
                 **constants,
             )
@@ -328,7 +347,7 @@ def backward(
     query, key, value, out, lse = tensors
     dout, query, key, value = _unit_stride(dout), _unit_stride(query), _unit_stride(key), _unit_stride(value)
     call = _with_unit_strides(call)
-    dq, dk, dv, dbias, _, _ = gradients
+    dq, dk, dv, dbias, dc2p, dp2c = gradients
     if not query.numel() or not key.numel():
         for gradient in gradients:
             if gradient is not None:
@@ -336,6 +355,8 @@ def backward(
         return
     sizes, pointers = call.sizes(query, key)[:3], _pointers(call)
     delta = torch.empty_like(lse)
+    ranks = None if dc2p is None and dp2c is None else _ranks(call.buckets)
+    c2p_sums, p2c_sums = _sums(dc2p), _sums(dp2c)
     threshold, keep_scale = dropout_arguments(call.seed, call.dropout_p)
     constants = _constants(query, call)
     inputs = (*_strides(dout), *_strides(query), *_strides(key), *_strides(value))
@@ -343,17 +364,28 @@ def backward(
     options = (*_lse_strides(query, call), call.scale, threshold, keep_scale)
 
     def launch_dq(tile: Tiles) -> None:
-        if dbias is not None:
-            dbias.zero_()
+        for sums in (dbias, c2p_sums):
+            if sums is not None:
+                sums.zero_()
         for part in _launches(query, call):
             grid, partial = _grid(sizes[1], tile.block_m, part, call), None
             if dbias is not None:  # a row of each program
                 partial = dbias.new_zeros(grid[0] * grid[2], part.heads, dbias.shape[1])
             attention_dq_kernel[grid](
                 *(*part.of(dout, query, key, value, out), *part.of_statistics(lse, delta), *part.of(dq), partial),
-                *(*pointers, call.seed, *_terms(part, call), *part.numbers(), *sizes, call.window, *_furthest(call)),
-                *(*inputs, *_strides(out), *_strides(dq), *options),
-                STEP=_step(tile, query.dtype, call.seed),
+                *(
+                    *part.of(c2p_sums),
+                    *pointers,
+                    call.seed,
+                    *_terms(part, call),
+                    ranks,
+                    *part.numbers(),
+                    *sizes,
+                    call.window,
+                    *_reach(call),
+                ),
+                *(*inputs, *_strides(out), *_strides(dq), *_strides(c2p_sums), *options),
+                STEP=_step(tile, query.dtype, call),
                 **_tile_constants(tile),
                 **constants,
             )
@@ -361,15 +393,29 @@ def backward(
                 part.of_bias(dbias).add_(partial.sum(0))
 
     def launch_dkdv(tile: Tiles) -> None:
+        if p2c_sums is not None:
+            p2c_sums.zero_()
         for part in _launches(query, call):
             attention_dkdv_kernel[_grid(sizes[2], tile.block_n, part, call)](
-                *(*part.of(dout, query, key, value), *part.of_statistics(lse, delta), *part.of(dk, dv)),
-                *(*pointers, call.seed, *_terms(part, call), *part.numbers(), *sizes, call.window, *_furthest(call)),
-                *(*inputs, *_strides(dk), *_strides(dv), *options),
+                *(*part.of(dout, query, key, value), *part.of_statistics(lse, delta), *part.of(dk, dv, p2c_sums)),
+                *(
+                    *pointers,
+                    call.seed,
+                    *_terms(part, call),
+                    ranks,
+                    *part.numbers(),
+                    *sizes,
+                    call.window,
+                    *_reach(call),
+                ),
+                *(*inputs, *_strides(dk), *_strides(dv), *_strides(p2c_sums), *options),
                 **_tile_constants(tile),
                 **constants,
             )
 
     launch_dq(_tile("dq", query, call, launch_dq))
-    if dk is not None or dv is not None:
+    if dk is not None or dv is not None or dp2c is not None:
         launch_dkdv(_tile("dkdv", query, call, launch_dkdv))
+    for gradient, sums in ((dc2p, c2p_sums), (dp2c, p2c_sums)):
+        if gradient is not None:
+            torch.mul(sums, call.scale, out=gradient)

@@ -29,14 +29,15 @@ def _forward_tiles(
     k,
     v,
     bias,
-    bias_furthest,
+    bias_reach,
     c2p,
     p2c,
     buckets,
-    buckets_furthest,
+    buckets_reach,
     seed,
     position,
     head,
+    queries,
     start,
     keys,
     offset,
@@ -47,6 +48,7 @@ def _forward_tiles(
     window,
     k_row,
     v_row,
+    c2p_row,
     p2c_row,
     scale,
     threshold,
@@ -54,6 +56,7 @@ def _forward_tiles(
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,12 +71,15 @@ def _forward_tiles(
             tile_key = first_key + part * BLOCK_N
             key = tile_key + tl.arange(0, BLOCK_N)
             k_tile = load_rows(k, start + tile_key, k_row, key < keys, MASKED, HEAD_DIM, BLOCK_D)
-            p2c_tile = None
+            c2p_rows, p2c_tile, p2c_rows = c2p_row, p2c, p2c_row
+            if c2p is not None:
+                c2p_rows = rows_of(c2p_row, queries, BLOCK_M)[:, None]
             if p2c is not None:
-                p2c_tile = rows_of(p2c, start + tile_key, p2c_row, start + keys - 1, BLOCK_N)[None, :]
+                p2c_tile += (start + tile_key).to(tl.int64) * p2c_row
+                p2c_rows = rows_of(p2c_row, keys - tile_key, BLOCK_N)[None, :]
             s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
             ahead = key[None, :] - (position[:, None] + offset)
-            s = scores_of(s, ahead, scale, bias, bias_furthest, c2p, p2c_tile, buckets, buckets_furthest)
+            s = scores_of(s, ahead, scale, bias, bias_reach, c2p, c2p_rows, p2c_tile, p2c_rows, buckets, buckets_reach)
             if MASKED:
                 visible = (key < keys)[None, :]
                 if CAUSAL or window is not None:
@@ -114,8 +120,8 @@ def attention_forward_kernel(
     queries,
     keys,
     window,
-    bias_furthest,
-    buckets_furthest,
+    bias_reach,
+    buckets_reach,
     q_sequence,
     q_row,
     q_head,
@@ -163,26 +169,30 @@ def attention_forward_kernel(
     k, v = head_of(k, k_sequence, k_head), head_of(v, v_sequence, v_head)
     first, inner, full, last = keys_of_tile(lowest + offset, highest + offset, keys, window, CAUSAL, STEP)
     if bias is not None:
-        bias += tl.program_id(1) * (2 * bias_furthest + 1)
+        bias += tl.program_id(1) * (2 * bias_reach + 1)
     if c2p is not None:
-        c2p = head_of(c2p, c2p_sequence, c2p_head)
-        c2p = rows_of(c2p, first_row, c2p_row, first_row + queries - first_query - 1, BLOCK_M)[:, None]
+        c2p = head_of(c2p, c2p_sequence, c2p_head) + first_row.to(tl.int64) * c2p_row
     if p2c is not None:
         p2c = head_of(p2c, p2c_sequence, p2c_head)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    PLAIN: tl.constexpr = bias is None and buckets is None
+    if not PLAIN:  # half of the code: all tiles are masked
+        inner, full = first, first
     begin, end, gap = inner, full, None
     for MASKED in tl.static_range(2):
         if MASKED:
             begin, end = masked_walk(first, inner, full, last, window)
             if window is not None:
                 gap = full - inner
-        acc, total, m = _forward_tiles(
-            *(acc, total, m, q_tile, k, v, bias, bias_furthest, c2p, p2c, buckets, buckets_furthest, seed, position),
-            *(head, start, keys, offset, begin, end, inner, gap, window, k_row, v_row, p2c_row),
-            *(scale * LOG2E, threshold, MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_N, STEP, PRECISION),
-        )
+        if MASKED or PLAIN:
+            acc, total, m = _forward_tiles(
+                *(acc, total, m, q_tile, k, v, bias, bias_reach, c2p, p2c, buckets, buckets_reach, seed, position),
+                *(head, queries - first_query, start, keys, offset, begin, end, inner, gap, window, k_row, v_row),
+                *(c2p_row, p2c_row, scale * LOG2E, threshold),
+                *(MASKED, CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STEP, PRECISION),
+            )
     seen = total > 0.0
     acc *= tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)[:, None]
     log = tl.where(seen, m + tl.log2(tl.where(seen, total, 1.0)), float("inf"))

@@ -12,7 +12,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Sizes and strides that change with the batch: no new compilation for them.
-RUN_TIME = ["first_head", "heads", "sequences", "queries", "keys", "window", "bias_furthest", "buckets_furthest"]
+RUN_TIME = ["first_head", "heads", "sequences", "queries", "keys", "window", "bias_reach", "buckets_reach"]
 RUN_TIME += ["threshold", "lse_sequence", "lse_head"]
 
 

@@ -87,6 +87,26 @@ def _chosen_queries(dtype: torch.dtype, head_dim: int, dropout: bool) -> Callabl
     return call
 
 
+def _with_terms(dtype: torch.dtype, terms: str) -> Callable[[], Any]:
+    """Bidirectional, with dropout: a bias as MPNet has it, or the terms of DeBERTa v3."""
+
+    def call() -> None:
+        from fasttune.kernels import attention
+
+        heads = HIDDEN // 64
+        query = empty(SEQUENCES, TOKENS, heads, 64, dtype=dtype)
+        of: dict[str, Any] = {"bias": empty(heads, 257, dtype=torch.float32)}
+        if terms == "disentangled":
+            positions = empty(SEQUENCES, TOKENS, heads, 512, dtype=dtype)
+            of = {"c2p": positions, "p2c": positions, "buckets": empty(1025, dtype=torch.int32)}
+        asked = Call(seed=new_seed(), scale=0.125, dropout_p=0.1, **of)
+        out, lse = attention.forward(query, query, query, asked)
+        gradients = [torch.empty_like(x) if x is not None else None for x in (query, query, query, *asked[-4:-1])]
+        attention.backward(out, (query, query, query, out, lse), gradients, asked)
+
+    return call
+
+
 def attention_cases() -> Iterator[Case]:
     for dtype, head_dim, dropout, packed in itertools.product(DTYPES, (64, 128), (False, True), (False, True)):
         if (packed and (head_dim, dtype) != (64, torch.bfloat16)) or (dropout and dtype == torch.float16):
@@ -124,6 +144,9 @@ def attention_cases() -> Iterator[Case]:
             _attention(torch.bfloat16, head_dim, causal, dropout, packed, window),
             {"head_dim": head_dim, "dropout": dropout, "window": window},
         )
+    for terms, dtype in itertools.product(("bias", "disentangled"), (torch.bfloat16, torch.float32)):
+        facts = {"head_dim": 64, "dropout": True, "terms": terms}
+        yield Case("attention", f"d64 {terms} dropout", dtype, _with_terms(dtype, terms), facts)
     # Masks without the diagonal, and head dimensions that are padded inside, change little: one of each.
     yield Case(
         "attention",

@@ -18,16 +18,16 @@ preload=""
 for library in libasan.so libubsan.so libstdc++.so.6; do
   preload+=" $("$CXX" -print-file-name="$library")"
 done
-# -P keeps the checkout, and with it the ordinary library, off sys.path.
-export PYTHONPATH="$PWD/$OUT/lib"
+# The checkout, and with it the ordinary library, stays off sys.path, in pytest's workers too.
+export PYTHONSAFEPATH=1 PYTHONPATH="$PWD/$OUT/lib"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1
-LD_PRELOAD="$preload" "$PYTHON" -P -c "
+LD_PRELOAD="$preload" "$PYTHON" -c "
 import fasttune.ops._cpp as cpp, sys
 assert cpp.library is not None, cpp.unavailable_reason
 assert '/$OUT/' in cpp.library.__file__, cpp.library.__file__
 print('sanitized library:', cpp.library.__file__)"
 # --capture=sys leaves stderr itself alone: a sanitizer's report would be lost in pytest's capture.
 # What is freed stays in the sanitizer's quarantine for a while: peak memory says nothing here.
-LD_PRELOAD="$preload" "$PYTHON" -P -m pytest tests/ops -p no:cacheprovider --capture=sys -m "not slow" \
-  -k "not test_extra_memory" "$@"
+LD_PRELOAD="$preload" "$PYTHON" -m pytest tests/ops -p no:cacheprovider --capture=sys -m "not slow" \
+  -k "not test_extra_memory" -n 2 --dist loadfile "$@"

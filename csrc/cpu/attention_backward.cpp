@@ -15,6 +15,11 @@
 // after its predecessor did, which by then is ahead of it; with a window, the first segment that it sees
 // starts. So the bits do not depend on the number of threads, nothing is computed twice, and sequences within
 // one segment (512 keys at D = 64) wait for nobody.
+//
+// Terms of the scores (simd/attention_terms.inc) start S, and the blocks of dS are taken apart into their
+// gradients: p2c's belongs to the task as dK does, c2p's sums over segments as dQ does, and of the bias's
+// each task has a share for every distance that the call meets, at most 2 K + 1 numbers to K D of its keys;
+// they are summed in their order.
 #include "cpu/attention.h"
 
 #include <thread>
@@ -28,7 +33,7 @@ constexpr int64_t kBlock = kAttentionBlock;
 struct BackwardTask {
   SequenceRange sequence;
   int64_t head, first_key, keys;
-  float* partial;                  // (Q, ld) sums of dQ over segments; null where there is one segment
+  float* partial;                  // sums over segments of dQ (Q, ld), then dc2p (Q, bucket_ld); null if one
   std::atomic<int64_t>* finished;  // query blocks from this one on are done; [-1] is the segment before
   float* dbias;                    // (2 reach + 1,) share of the bias's gradient, or null
 };
@@ -40,7 +45,9 @@ struct BackwardScratch {
   float *dkey, *dvalue;          // (segment, ld)
   float *weights, *dscores;      // (64, 64)
   KeptBits* kept;
-  float* diagonals;  // sums of dS by distance, as TermTables lays them out
+  float* diagonals;    // sums of dS by distance, as TermTables lays them out
+  float *dc2p, *dp2c;  // (64, bucket_ld), (segment, bucket_ld) sums of it by bucket
+  int64_t bucket_ld;
 };
 
 inline int64_t carve(const AttentionArgs& args, int64_t segment, const TermTables& tables, float* memory,
@@ -53,11 +60,16 @@ inline int64_t carve(const AttentionArgs& args, int64_t segment, const TermTable
   for (float** keys : {&s->key_t, &s->value_t}) *keys = carver.take(segment * args.head_dim);
   for (float** square : {&s->weights, &s->dscores}) *square = carver.take(kBlock * kBlock);
   s->kept = reinterpret_cast<KeptBits*>(carver.take(sizeof(KeptBits) / sizeof(float)));
-  s->diagonals = carver.take(tables.of_bias.span());
+  const AttentionTerms& terms = args.terms;
+  s->bucket_ld = round_up(tables.buckets.count, kLanes);
+  s->diagonals = carver.take(terms.dbias ? tables.of_bias.span() : 0);
+  s->dc2p = carver.take(terms.dc2p.data ? kBlock * s->bucket_ld : 0);
+  s->dp2c = carver.take(terms.dp2c.data ? segment * s->bucket_ld : 0);
   return carver.used;
 }
 
-// A tile of P and dS into `weights` (after dropout, without its scale) and `dscores`.
+// A tile of P and dS into `weights` (after dropout, without its scale; before, the terms may lie there) and
+// `dscores`.
 template <bool kTerms>
 struct WeightTile {
   const BackwardScratch& s;
@@ -180,24 +192,49 @@ void load_queries(const AttentionArgs& args, const BackwardTask& task, int64_t f
         std::isinf(lse[row]) ? std::numeric_limits<float>::infinity() : lse[row];  // exp(S - inf) = 0
   }
   std::memset(s.dquery, 0, sizeof(float) * rows * ld);
+  if (args.terms.dc2p.data) std::memset(s.dc2p, 0, sizeof(float) * rows * s.bucket_ld);
 }
 
-// Adds this segment's share of a query block of dQ to the earlier ones'; the last one writes the result.
+// Sums by bucket, times `scale`, to rows of all `width` buckets.
 template <class T>
-void store_dquery(const AttentionArgs& args, const BackwardTask& task, int64_t first, int64_t rows,
-                  const KeyRange& seen, const BackwardScratch& s) {
-  const int64_t ld = round_up(args.head_dim, kLanes);
-  const bool last = task.first_key + task.keys >= seen.last;
-  float* partial = task.partial ? task.partial + first * ld : nullptr;
-  if (task.first_key > std::max<int64_t>(0, seen.first)) {
-    while (task.finished[-1].load(std::memory_order_acquire) > first) std::this_thread::yield();
-    for (int64_t i = 0; i < rows * ld; i += kLanes)
-      store(s.dquery + i, load(partial + i) + load(s.dquery + i));
+void unpack_buckets(const Buckets& buckets, const float* from, int64_t ld, int64_t rows, float scale,
+                    int64_t width, T* to, int64_t stride) {
+  const int64_t behind = buckets.first + buckets.count;
+  for (int64_t row = 0; row < rows; ++row) {
+    std::memset(to + row * stride, 0, sizeof(T) * buckets.first);
+    std::memset(to + row * stride + behind, 0, sizeof(T) * (width - behind));
   }
-  if (!last) std::memcpy(partial, s.dquery, sizeof(float) * rows * ld);
-  if (last && args.dquery.data)
-    unpack_rows(s.dquery, ld, rows, args.head_dim, args.scale,
-                query_row<T>(args.dquery, task.sequence, task.head, first), args.dquery.row);
+  unpack_rows(from, ld, rows, buckets.count, scale, to + buckets.first, stride);
+}
+
+// Adds this segment's share of a query block of dQ and dc2p to the earlier ones'; the last one writes the
+// result.
+template <class T>
+void store_queries(const AttentionArgs& args, const BackwardTask& task, const Buckets& buckets, int64_t first,
+                   int64_t rows, const KeyRange& seen, const BackwardScratch& s) {
+  const AttentionTerms& terms = args.terms;
+  const int64_t ld = round_up(args.head_dim, kLanes);
+  const bool starts = task.first_key <= std::max<int64_t>(0, seen.first);
+  const bool ends = task.first_key + task.keys >= seen.last;
+  while (!starts && task.finished[-1].load(std::memory_order_acquire) > first) std::this_thread::yield();
+  const auto add = [&](float* own, int64_t width, int64_t offset) FT_LAMBDA {
+    float* partial = task.partial ? task.partial + offset + first * width : nullptr;
+    for (int64_t i = 0; !starts && i < rows * width; i += kLanes)
+      store(own + i, load(partial + i) + load(own + i));
+    if (!ends) std::memcpy(partial, own, sizeof(float) * rows * width);
+  };
+  if (args.dquery.data) {
+    add(s.dquery, ld, 0);
+    if (ends)
+      unpack_rows(s.dquery, ld, rows, args.head_dim, args.scale,
+                  query_row<T>(args.dquery, task.sequence, task.head, first), args.dquery.row);
+  }
+  if (terms.dc2p.data) {
+    add(s.dc2p, s.bucket_ld, task.sequence.queries * ld);
+    if (ends)
+      unpack_buckets(buckets, s.dc2p, s.bucket_ld, rows, args.scale, terms.width,
+                     query_row<T>(terms.dc2p, task.sequence, task.head, first), terms.dc2p.row);
+  }
   task.finished->store(first, std::memory_order_release);
 }
 
@@ -217,7 +254,9 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
   }
   std::memset(s.dkey, 0, sizeof(float) * keys * ld);
   std::memset(s.dvalue, 0, sizeof(float) * keys * ld);
-  std::memset(s.diagonals, 0, sizeof(float) * tables.of_bias.span());
+  const AttentionTerms& terms = args.terms;
+  if (terms.dbias) std::memset(s.diagonals, 0, sizeof(float) * tables.of_bias.span());
+  if (terms.dp2c.data) std::memset(s.dp2c, 0, sizeof(float) * keys * s.bucket_ld);
 
   // Backwards, so that under causality, where later segments meet fewer queries, all segments start together.
   for (int64_t first = (sequence.queries + kBlock - 1) / kBlock * kBlock - kBlock; first >= 0;
@@ -234,15 +273,19 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
         draw_kept_bits(args.dropout, sequence, first, rows, position, sequence_head, s.kept);
       const Visible visible = visible_keys(args, sequence, first, position, std::min(kBlock, keys - key));
       Addend addend;
-      if (!args.terms.any()) {
+      if (!terms.any()) {
         backward_block<false>(args, s, rows, key, visible, position % kDropoutBlock, addend);
         continue;
       }
-      make_addend(tables, sequence, task.head, first, rows, position, &addend);
+      const TermBlock block =
+          term_block(args, tables, sequence, task.head, first, rows, position, visible.keys);
+      make_addend<T>(block, s.weights, &addend);
       backward_block<true>(args, s, rows, key, visible, position % kDropoutBlock, addend);
-      if (task.dbias) add_diagonals(s.dscores, rows, addend, position, tables.of_bias, s.diagonals);
+      if (terms.dbias) add_diagonals(block, s.dscores, s.diagonals);
+      if (terms.dc2p.data) add_dc2p(block, s.dscores, s.bucket_ld, s.dc2p);
+      if (terms.dp2c.data) add_dp2c(block, s.dscores, s.bucket_ld, s.dp2c + key * s.bucket_ld);
     }
-    store_dquery<T>(args, task, first, rows, seen, s);
+    store_queries<T>(args, task, tables.buckets, first, rows, seen, s);
   }
 
   if (args.dkey.data)
@@ -251,7 +294,10 @@ void backward_segment(const AttentionArgs& args, const BackwardTask& task, const
   if (args.dvalue.data)
     unpack_rows(s.dvalue, ld, keys, head_dim, args.dropout.scale,
                 key_row<T>(args.dvalue, sequence, task.head, task.first_key), args.dvalue.row);
-  if (task.dbias) {
+  if (terms.dp2c.data)
+    unpack_buckets(tables.buckets, s.dp2c, s.bucket_ld, keys, args.scale, terms.width,
+                   key_row<T>(terms.dp2c, sequence, task.head, task.first_key), terms.dp2c.row);
+  if (terms.dbias) {
     std::memset(task.dbias, 0, sizeof(float) * (2 * tables.of_bias.reach + 1));
     for (int64_t i = 0; i < tables.of_bias.span(); ++i) task.dbias[tables.of_bias.entry(i)] += s.diagonals[i];
   }
@@ -271,7 +317,10 @@ inline void sum_dbias(const AttentionArgs& args, const std::vector<BackwardTask>
 }
 
 void attention_backward(const AttentionArgs& args) {
-  const int64_t ld = round_up(args.head_dim, kLanes);
+  const TermTables tables(args);
+  // Of a query's sums over segments: its row of dQ and of dc2p.
+  const int64_t partial_width =
+      round_up(args.head_dim, kLanes) + (args.terms.dc2p.data ? round_up(tables.buckets.count, kLanes) : 0);
   const int64_t longest_segment = 32768 / round_up(args.head_dim, 64) / kDropoutBlock * kDropoutBlock;
   int64_t longest = 0, segments = 0, partial_rows = 0;
   for (int64_t n = 0; n < args.sequences; ++n) {
@@ -283,10 +332,9 @@ void attention_backward(const AttentionArgs& args) {
   }
   const int64_t segment = std::min(longest_segment, round_up(longest, kBlock));
 
-  const TermTables tables(args);
   const int64_t dbias_entries = args.terms.dbias ? 2 * tables.of_bias.reach + 1 : 0;
   const Scratch<float> dbias(static_cast<size_t>(segments * dbias_entries));
-  const Scratch<float> partial(static_cast<size_t>(partial_rows * ld));
+  const Scratch<float> partial(static_cast<size_t>(partial_rows * partial_width));
   std::vector<std::atomic<int64_t>> progress(static_cast<size_t>(segments));
   std::vector<BackwardTask> tasks;
   tasks.reserve(static_cast<size_t>(segments));
@@ -304,7 +352,7 @@ void attention_backward(const AttentionArgs& args) {
         tasks.push_back({sequence, head, key, keys, split ? next_partial : nullptr, own, own_dbias});
         key += keys;
       } while (key < sequence.keys);
-      if (split) next_partial += sequence.queries * ld;
+      if (split) next_partial += sequence.queries * partial_width;
     }
   }
   BackwardScratch scratch;

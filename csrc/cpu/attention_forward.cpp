@@ -12,6 +12,7 @@
 // arithmetic does not depend on the split. It packs kSegment keys at a time as fp32 (K transposed, so that
 // scores come out of broadcast multiply-adds), which stay in L2, and walks blocks of 64 queries x 64 keys,
 // whose operands stay in L1. Keys that causality or a window hides are skipped by block, then by row group.
+// Terms of the scores (simd/attention_terms.inc) start a tile's sums in place of zero.
 #include "cpu/attention.h"
 
 #include "cpu/simd/begin.h"
@@ -45,7 +46,7 @@ inline int64_t carve(const AttentionArgs& args, int64_t chunk, int64_t segment, 
   return carver.used;
 }
 
-// A tile of scores into `scores`; with terms it starts from them.
+// A tile of scores into `scores`; with terms it starts from them, which may lie there.
 template <bool kTerms>
 struct ScoreTile {
   const float* query;
@@ -160,7 +161,9 @@ void forward_chunk(const AttentionArgs& args, const SequenceRange& sequence, int
         const Visible visible = visible_keys(args, sequence, first + row, key, std::min(kBlock, end - key));
         Addend addend;
         if (args.terms.any()) {
-          make_addend(tables, sequence, head, first + row, rows, key, &addend);
+          const TermBlock block =
+              term_block(args, tables, sequence, head, first + row, rows, key, visible.keys);
+          make_addend<T>(block, s.weights, &addend);
           forward_block<true>(args, s, row, rows, key - start, visible, key % kDropoutBlock, addend);
         } else {
           forward_block<false>(args, s, row, rows, key - start, visible, key % kDropoutBlock, addend);

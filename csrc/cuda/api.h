@@ -237,15 +237,19 @@ typedef struct {
   fasttune_head_rows query, key, value, out;
   float*
       lse; /* log-sum-exp of the scores to base 2: dense (N, H, Q), packed (H, rows); inf: no key was seen */
-  /* Terms of the scores, by the distance of key and query, clamped to -furthest ... furthest, or null. */
-  int furthest;
-  const float* bias; /* (H, 2 furthest + 1), added to the scaled scores */
+  /* Terms of the scores, or null, by the distance of key and query, clamped to what their tables have. */
+  const float* bias; /* (H, 2 bias_furthest + 1), added to the scaled scores */
+  int bias_furthest, buckets_furthest;
+  const int32_t* buckets; /* (2 buckets_furthest + 1,), with c2p or p2c */
+  fasttune_head_rows c2p,
+      p2c; /* like query and like key, with a number for each bucket in place of head_dim */
   /* Backward alone; a null gradient is not computed. */
   fasttune_head_rows dout, dquery, dkey, dvalue;
-  float* delta;         /* like lse, scratch */
-  float* dbias;         /* like bias */
-  float* dbias_partial; /* (partials, H, 2 furthest + 1), scratch */
-  int64_t partials;     /* at least 1, for any number the result is right */
+  float* delta;                  /* like lse, scratch */
+  float* dbias;                  /* like bias */
+  float* dbias_partial;          /* (partials, H, 2 bias_furthest + 1), scratch */
+  int64_t partials;              /* at least 1, for any number the result is right */
+  fasttune_head_rows dc2p, dp2c; /* zeros at the start */
 } fasttune_attention_args;
 const char* fasttune_cuda_attention_forward(const fasttune_attention_args*, void* stream);
 const char* fasttune_cuda_attention_backward(const fasttune_attention_args*, void* stream);

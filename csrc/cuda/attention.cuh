@@ -411,22 +411,37 @@ __device__ __forceinline__ uint32_t head_number(const fasttune_attention_args& a
 
 // ----------------------------------------------------------------------------------------------------- terms
 
-// What stands in a head's scores beside q · k, by the distance of key and query: a bias.
+// Where a distance stands in a table of -furthest to furthest.
+__device__ __forceinline__ int in_table(int distance, int furthest) {
+  return min(max(distance, -furthest), furthest) + furthest;
+}
+
+// What stands in a head's scores beside q · k, by the distance of key and query: a bias, and a number of the
+// query and one of the key that the distance's bucket picks. A null pointer is a term that is not there.
+template <class T>
 struct Terms {
   const float* bias;
+  const T *c2p, *p2c;
 
   __device__ __forceinline__ Terms(const fasttune_attention_args& args, const Place& at)
-      : bias(args.bias + at.head * (2 * static_cast<int64_t>(args.furthest) + 1)) {}
+      : bias(args.bias ? args.bias + at.head * (2 * static_cast<int64_t>(args.bias_furthest) + 1) : nullptr),
+        c2p(args.c2p.data ? query_rows<T>(args.c2p, args, at) : nullptr),
+        p2c(args.p2c.data ? key_rows<T>(args.p2c, args, at) : nullptr) {}
 
-  // The score, to base 2, of a query at `place` among the keys. Rows that do not exist have one too.
-  __device__ __forceinline__ float score(const fasttune_attention_args& args, float product, int place,
-                                         int key) const {
-    const int distance = min(max(key - place, -args.furthest), args.furthest) + args.furthest;
-    return fmaf(bias[distance], kLog2e, product * (args.scale * kLog2e));
+  // The score, to base 2, of a query at `place` among the keys. Rows that do not exist get one of some row.
+  __device__ __forceinline__ float score(const fasttune_attention_args& args, const Place& at, float product,
+                                         int place, int query, int key) const {
+    if (args.buckets) {
+      const int bucket = args.buckets[in_table(key - place, args.buckets_furthest)];
+      if (c2p) product += to_float(c2p[min(query, at.queries - 1) * args.c2p.row + bucket]);
+      if (p2c) product += to_float(p2c[min(key, at.keys - 1) * args.p2c.row + bucket]);
+    }
+    product *= args.scale * kLog2e;
+    return bias ? fmaf(bias[in_table(key - place, args.bias_furthest)], kLog2e, product) : product;
   }
 };
 
-inline bool has_terms(const fasttune_attention_args& args) { return args.bias; }
+inline bool has_terms(const fasttune_attention_args& args) { return args.bias || args.buckets; }
 
 // Enqueues attention_terms.cu: the gradients of the terms. Returns null or what went wrong.
 const char* attention_terms_backward(const fasttune_attention_args& args, void* stream);

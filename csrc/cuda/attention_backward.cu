@@ -126,7 +126,9 @@ __global__ void __launch_bounds__(P::kThreads, P::kIsFloat ? 2 : 0)
         const int key = first_key + 8 * j + 2 * t + i % 2;
         float p;
         if constexpr (P::kTerms)
-          p = exp2f(Terms(args, at).score(args, s[j][i], position[i / 2] + offset, key) - lse[i / 2]);
+          p = exp2f(Terms<T>(args, at).score(args, at, s[j][i], position[i / 2] + offset,
+                                             warp_query + g + i / 2 * 8, key) -
+                    lse[i / 2]);
         else
           p = exp2f(fmaf(s[j][i], scale, -lse[i / 2]));
         if (masked) {
@@ -246,7 +248,9 @@ __global__ void __launch_bounds__(P::kThreads, 2)
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * j + 2 * t + i % 2, key = warp_key + g + i / 2 * 8;
         if constexpr (P::kTerms)
-          p[j][i] = exp2f(Terms(args, at).score(args, p[j][i], position[column] + offset, key) - lse[column]);
+          p[j][i] = exp2f(Terms<T>(args, at).score(args, at, p[j][i], position[column] + offset,
+                                                   first_query + column, key) -
+                          lse[column]);
         else
           p[j][i] = exp2f(fmaf(p[j][i], scale, -lse[column]));
         if (masked && hidden(args, position[column] + offset, key)) p[j][i] = 0.0f;

@@ -15,15 +15,18 @@ namespace fasttune::cuda {
 namespace {
 
 // Blocks for which registers are left. Below sm_90 shared memory has room for three (sm_80) or two: left to
-// itself the assembler aims at four on sm_86 and sm_89, and spills. They are built from sm_80's code.
+// itself the assembler aims at four on sm_86 and sm_89, and spills. They are built from sm_80's code. float32
+// with terms: two, as in backward.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kBlocks = 3;
+constexpr int kPlainBlocks = 3;
 #else
-constexpr int kBlocks = 0;  // the assembler's choice
+constexpr int kPlainBlocks = 0;  // the assembler's choice
 #endif
+template <class P>
+constexpr int kBlocks = P::kIsFloat && P::kTerms ? 2 : kPlainBlocks;
 
 template <class P, class T, bool kDropout>
-__global__ void __launch_bounds__(P::kThreads, kBlocks)
+__global__ void __launch_bounds__(P::kThreads, kBlocks<P>)
     attention_forward_kernel(const fasttune_attention_args args, int64_t tiles, bool vectors,
                              bool out_vectors) {
   FASTTUNE_DYNAMIC_SHARED(shared);
@@ -92,7 +95,8 @@ __global__ void __launch_bounds__(P::kThreads, kBlocks)
       for (int i = 0; i < 4; ++i) {
         const int key = first_key + 8 * j + 2 * t + i % 2;
         if constexpr (P::kTerms)
-          s[j][i] = Terms(args, at).score(args, s[j][i], position[i / 2] + offset, key);
+          s[j][i] = Terms<T>(args, at).score(args, at, s[j][i], position[i / 2] + offset,
+                                             warp_query + g + i / 2 * 8, key);
         else
           s[j][i] *= scale;
         if (masked) {

@@ -12,7 +12,6 @@ from torch import Tensor
 from fasttune.ops import _attention_cpp, _backends, _triton
 from fasttune.ops._attention_call import LEARNED, SCHEMA, TENSORS, Call
 from fasttune.ops._attention_checks import (
-    Terms,
     check_chosen,
     check_layout,
     check_offsets,
@@ -33,8 +32,6 @@ from fasttune.ops._reference.attention import attention as attention_reference
 # query, out (R, H, D), lse (H, R), cu_seqlens_q (N + 1,), positions_q (R,) int32. bias (H, 2 R + 1); c2p like query and
 # p2c like key, with W buckets for D; buckets (2 R + 1,).
 
-# Terms of the scores that a backend's kernels take.
-_TERMS = {"cpp": ("bias",), "triton": ("bias",), "cuda": ("bias",)}
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the kernels; other head sizes run on the torch backend
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -222,7 +219,7 @@ def attention(
         check_device("attention", "value", value, query.device, "query")
     window = check_window(window)
     terms = check_terms(query, key, bias, c2p, p2c, buckets)
-    scale, seed, chosen = _check_options(key, scale, dropout_p, cu_seqlens, max_seqlen, backend, terms)
+    scale, seed, chosen = _check_options(key, scale, dropout_p, cu_seqlens, max_seqlen, backend)
     if positions_q is not None and chosen != "cpp" and query.device.type == "cpu" and not torch.compiler.is_compiling():
         check_positions(positions_q, cu_seqlens_q)
     call = Call(cu_seqlens, cu_seqlens_q, positions_q, max_seqlen, seed, causal, scale, dropout_p, window, *terms)
@@ -259,7 +256,7 @@ def attention_packed_qkv(
     query = qkv.select(-3, 0)
     window = check_window(window)
     terms = check_terms(query, query, bias, c2p, p2c, buckets)
-    scale, seed, chosen = _check_options(query, scale, dropout_p, cu_seqlens, max_seqlen, backend, terms)
+    scale, seed, chosen = _check_options(query, scale, dropout_p, cu_seqlens, max_seqlen, backend)
     call = Call(cu_seqlens, None, None, max_seqlen, seed, causal, scale, dropout_p, window, *terms)
     if chosen == "torch":
         return attention_reference(*_parts(qkv, None, None), call)
@@ -273,7 +270,6 @@ def _check_options(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     backend: str | None,
-    terms: Terms,
 ) -> tuple[float, Tensor | None, str]:
     """The scale, a seed if there is dropout, and the backend."""
     check_probability("attention", dropout_p)
@@ -293,12 +289,6 @@ def _check_options(
                 f"attention: the head dimension is {head_dim}; the {chosen} backend takes {MIN_HEAD_DIM} to"
                 f" {MAX_HEAD_DIM}. Leave backend at None or ask for 'torch'."
             )
-        chosen = "torch"
-    lacking = [name for name, term in zip(("bias", "c2p", "p2c"), terms, strict=False) if term is not None]
-    lacking = [name for name in lacking if name not in _TERMS.get(chosen, ())]
-    if chosen != "torch" and lacking:
-        if (backend or os.environ.get("FASTTUNE_BACKEND") or "auto") != "auto":
-            raise ValueError(f"attention: the {chosen} backend takes no {lacking[0]}; leave backend at None.")
         chosen = "torch"
     if (
         chosen != "cpp"  # which checks in its own time

@@ -44,7 +44,7 @@ def check(terms, inputs, **options):
     assert_same_math(fused, reference, inputs, ["query", "key", "value", *terms], SWEEP_SLACK)
 
 
-SETS = [("bias",)]
+SETS = [("bias",), ("c2p",), ("p2c",), ("bias", "c2p", "p2c")]
 
 
 # Blocks of 64 queries by 64 keys (float32 32 by 32; at head dimension 128 half as many keys). 200 distances go over
@@ -69,6 +69,15 @@ def test_matches_the_reference(terms, queries, keys, head_dim, furthest, width, 
 def test_a_table_of_one_number():
     """It moves all scores alike, and its gradient is the sum of dS, 0: of 16 bits' out there would be its rounding."""
     check(("bias",), inputs_of(("bias",), 40, 70, 1, 16, 0, 1, torch.float32, batch=(1,)))
+
+
+# A bucket that comes again in a row adds to what is there, in the gradient's dtype: one more rounding each time.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_buckets_in_any_order_and_tables_of_two_lengths(dtype):
+    terms = ("bias", "c2p", "p2c")
+    buckets = torch.randint(0, 7, (2 * 21 + 1,))
+    inputs = inputs_of(terms, 40, 70, 2, 16, 33, 7, dtype, batch=(1,))
+    check(terms, inputs, buckets=buckets)
 
 
 # Positions before the first key, behind the last, twice the same, and further apart than the table reaches.

@@ -17,7 +17,7 @@ from paddings import PADDINGS
 from readers import READERS
 from structures import STRUCTURES
 
-EXAMPLES = int(os.environ.get("FASTTUNE_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("FASTTUNE_EXAMPLES", "25"))
 SEED = os.environ.get("FASTTUNE_SEED")
 
 DIMENSIONS = {

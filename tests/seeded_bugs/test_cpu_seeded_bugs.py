@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,7 @@ def run_tests(library, tests):
     """pytest's exit status and output for tests of tests/ops on that library."""
     nodes = sorted({f"tests/ops/test_{test.partition('::')[0]}.py::{test.partition('::')[2]}" for test in tests})
     environment = {**os.environ, "FASTTUNE_MUTANT": str(library), "FASTTUNE_CPU_ISA": ISA, "CI": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     )
@@ -239,13 +241,24 @@ def run_tests(library, tests):
     return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-def test_without_a_bug_they_pass(libraries):
-    status, output = run_tests(libraries[""], [bug.test for bug in BUGS])
+@pytest.fixture(scope="module")
+def runs(libraries):
+    """Name of the bug, or "", -> a future of what `run_tests` finds; two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            "": pool.submit(run_tests, libraries[""], [bug.test for bug in BUGS]),
+            **{bug.name: pool.submit(run_tests, libraries[bug.name], [bug.test]) for bug in BUGS},
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+def test_without_a_bug_they_pass(runs):
+    status, output = runs[""].result()
     assert status == 0, output
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_a_bug_is_seen(libraries, bug):
-    status, output = run_tests(libraries[bug.name], [bug.test])
+def test_a_bug_is_seen(runs, bug):
+    status, output = runs[bug.name].result()
     assert status == 1, f"{bug.test} did not fail:\n{output}"
     assert "AssertionError" in output or "assert " in output, output

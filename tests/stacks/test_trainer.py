@@ -1,5 +1,7 @@
 """transformers.Trainer: precision, accumulation, checkpointing, label smoothing, resuming, evaluation."""
 
+import functools
+
 import pytest
 import torch
 from models import PAD, VOCABULARY, build
@@ -83,7 +85,11 @@ OPTIONS = {
     "bfloat16": {"bf16": True},
     "accumulated": {"gradient_accumulation_steps": 2},
     "accumulated bfloat16": {"gradient_accumulation_steps": 2, "bf16": True},
-    "checkpointed": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "accumulated, checkpointed": {
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
     "checkpointed, reentrant": {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
@@ -92,24 +98,39 @@ OPTIONS = {
 }
 
 
+def trained(model, folder, options):
+    """(its run, its evaluation, its predictions where there is a label)."""
+    head = type(model).__name__
+    trainer = trainer_of(model, folder, **options)
+    trainer.train()
+    evaluation, prediction = trainer.evaluate(), trainer.predict(examples(head, 7))
+    return trainer.run, evaluation, torch.tensor(prediction.predictions)[torch.tensor(prediction.label_ids) != -100]
+
+
+CHANGING = ("gradient_accumulation_steps", "label_smoothing_factor")
+
+
+@functools.cache
+def exactly(head, folder, **options):
+    """The same in float64. options: those of CHANGING; precision and checkpointing change no exact number."""
+    return trained(build(head).double(), folder, options)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("head", HEADS)
-def test_trainer(head, options, tmp_path):
+def test_trainer(head, options, tmp_path, tmp_path_factory):
     """Every step's loss and gradients, then the metrics and the predictions of the trained models."""
     options = OPTIONS[options]
     dtype = torch.bfloat16 if options.get("bf16") else torch.float32
-    runs, evaluations, predictions = {}, {}, {}
-    for side in ("exact", "stock", "ours"):
-        model = build(head)
-        if side == "ours":
-            fasttune.patch(model)
-        if side == "exact":
-            model.double()
-        trainer = trainer_of(model, tmp_path / side, **options | ({"bf16": False} if side == "exact" else {}))
-        trainer.train()
-        runs[side], evaluations[side] = trainer.run, trainer.evaluate()
-        prediction = trainer.predict(examples(head, 7))
-        predictions[side] = torch.tensor(prediction.predictions)[torch.tensor(prediction.label_ids) != -100]
+    changing = {
+        name: options[name] for name in ("gradient_accumulation_steps", "label_smoothing_factor") if name in options
+    }
+    sides = {
+        "exact": exactly(head, tmp_path_factory.getbasetemp(), **changing),
+        "stock": trained(build(head), tmp_path / "stock", options),
+        "ours": trained(fasttune.patch(build(head)), tmp_path / "ours", options),
+    }
+    runs, evaluations, predictions = ({side: found[part] for side, found in sides.items()} for part in range(3))
     assert_same_run(runs["ours"], runs["stock"], runs["exact"], dtype)
     assert evaluations["ours"].keys() == evaluations["stock"].keys()
     assert evaluations["ours"]["eval_count"] == evaluations["stock"]["eval_count"]

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/api.h"
 
@@ -27,8 +28,8 @@ using Address = uintptr_t;               // 0 stands for a tensor that is not th
 using Rows = std::array<int64_t, 4>;     // address and strides of sequence, row and head
 using Offsets = std::array<Address, 3>;  // cu_seqlens, cu_seqlens_q, positions_q
 
-// Terms of attention's scores: furthest distance of the tables, bias.
-using Terms = std::array<int64_t, 2>;
+// Terms of attention's scores: bias and its furthest distance, buckets and theirs, c2p, p2c.
+using Terms = std::tuple<Address, int, Address, int, Rows, Rows>;
 
 template <class T>
 T* pointer(Address address) {
@@ -138,8 +139,13 @@ fasttune_attention_args attention_args(int dtype, const std::array<int64_t, 5>& 
   args.value = head_rows(value);
   args.out = head_rows(out);
   args.lse = pointer<float>(lse);
-  args.furthest = static_cast<int>(terms[0]);
-  args.bias = pointer<const float>(static_cast<Address>(terms[1]));
+  const auto& [bias, bias_furthest, buckets, buckets_furthest, c2p, p2c] = terms;
+  args.bias = pointer<const float>(bias);
+  args.bias_furthest = bias_furthest;
+  args.buckets = pointer<const int32_t>(buckets);
+  args.buckets_furthest = buckets_furthest;
+  args.c2p = head_rows(c2p);
+  args.p2c = head_rows(p2c);
   return args;
 }
 
@@ -362,7 +368,8 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
          const Rows& value, const Rows& out, Address lse, const Rows& dout, const Rows& dquery,
          const Rows& dkey, const Rows& dvalue, Address delta, const Offsets& offsets, bool offsets_are_64_bit,
          bool causal, int window, double scale, Address seed, double dropout_p, const Terms& terms,
-         Address dbias, Address dbias_partial, int64_t partials, Address stream) {
+         Address dbias, Address dbias_partial, int64_t partials, const Rows& dc2p, const Rows& dp2c,
+         Address stream) {
         fasttune_attention_args args =
             attention_args(dtype, sizes, query, key, value, out, lse, offsets, offsets_are_64_bit, causal,
                            window, scale, seed, dropout_p, terms);
@@ -374,6 +381,8 @@ PYBIND11_MODULE(FASTTUNE_CUDA_MODULE, module) {
         args.dbias = pointer<float>(dbias);
         args.dbias_partial = pointer<float>(dbias_partial);
         args.partials = partials;
+        args.dc2p = head_rows(dc2p);
+        args.dp2c = head_rows(dp2c);
         check(fasttune_cuda_attention_backward(&args, pointer<void>(stream)));
       },
       without_gil);

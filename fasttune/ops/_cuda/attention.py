@@ -28,13 +28,18 @@ def _description(call: Call) -> tuple[list[Tensor | None], tuple[Any, ...]]:
     wide = cu_seqlens is not None and cu_seqlens.dtype == torch.int64
     offsets = [_cuda.contiguous(part) for part in (cu_seqlens, cu_seqlens_q, positions_q)]
     window = -1 if call.window is None else call.window
-    furthest = 0 if call.bias is None else call.bias.shape[1] // 2
-    terms = (furthest, address(call.bias))
+    tables = [(address(x), 0 if x is None else x.shape[-1] // 2) for x in (call.bias, call.buckets)]
+    terms = (*tables[0], *tables[1], rows(call.c2p), rows(call.p2c))
     return offsets, (wide, call.causal, window, call.scale, address(call.seed), call.dropout_p, terms)
 
 
+def _readable(call: Call) -> Call:
+    c2p, p2c = (None if x is None else unit_stride(x) for x in (call.c2p, call.p2c))
+    return call._replace(c2p=c2p, p2c=p2c)
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
+    query, key, value, call = unit_stride(query), unit_stride(key), unit_stride(value), _readable(call)
     offsets, options = _description(call)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse_shape = (*query.shape[:-3], query.shape[-2], query.shape[-3])
@@ -60,8 +65,12 @@ def backward(
 ) -> None:
     query, key, value, out, lse = tensors
     query, key, value, dout = unit_stride(query), unit_stride(key), unit_stride(value), unit_stride(dout)
+    call = _readable(call)
     offsets, options = _description(call)
-    delta, dbias = torch.empty_like(lse), gradients[3]
+    delta, (dbias, dc2p, dp2c) = torch.empty_like(lse), gradients[3:]
+    for gradient in (dc2p, dp2c):
+        if gradient is not None:
+            gradient.zero_()
     partials = max(1, BLOCKS * _cuda.multiprocessors(query.device) // query.shape[-2])
     partial = None if dbias is None else dbias.new_empty((partials, *dbias.shape))
     _cuda.call(
@@ -79,4 +88,6 @@ def backward(
         address(dbias),
         address(partial),
         partials,
+        rows(dc2p),
+        rows(dp2c),
     )
