@@ -42,6 +42,12 @@ RULES = {
     "ESM scales its embeddings by the mask, and divides by a row's length": lambda case: (
         case.head.startswith("Esm") and (case.padding in SQUARE or case.padding is a_row_of_padding)
     ),
+    "DeBERTa scales its embeddings by the mask": lambda case: (
+        case.head.startswith("Deberta") and case.padding in SQUARE
+    ),
+    "DeBERTa's layers share a table that is normalised once, and each reentrant checkpoint runs backward through it": (
+        lambda case: case.head.startswith("Deberta") and case.mode is REENTRANT_LAYERS
+    ),
     "ALBERT's layers have no checkpoints": lambda case: (
         case.head.startswith("Albert") and case.mode in (LAYERS, REENTRANT_LAYERS)
     ),

@@ -65,18 +65,31 @@ def frozen_but_biases(model):
         parameter.requires_grad_(name.endswith("bias"))
 
 
+def _hidden(out):
+    """Some layers hand out a tuple."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _with_hidden(out, hidden):
+    return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+
 def looked_at(model):
     """A hook that reads a few rows of a layer's output and changes nothing."""
-    layers_of(model)[0].register_forward_hook(lambda module, args, out: print(end="" if out[:, 0].sum() < 1e9 else "!"))
+    layers_of(model)[0].register_forward_hook(
+        lambda module, args, out: print(end="" if _hidden(out)[:, 0].sum() < 1e9 else "!")
+    )
 
 
 def scaled_by_a_hook(model):
-    layers_of(model)[0].register_forward_hook(lambda module, args, out: out * 1.5)
+    layers_of(model)[0].register_forward_hook(lambda module, args, out: _with_hidden(out, _hidden(out) * 1.5))
 
 
 def mixed_by_a_hook(model):
     """Every token of the next layer sees padding."""
-    layers_of(model)[0].register_forward_hook(lambda module, args, out: out + 0.5 * out.flip(1))
+    layers_of(model)[0].register_forward_hook(
+        lambda module, args, out: _with_hidden(out, _hidden(out) + 0.5 * _hidden(out).flip(1))
+    )
 
 
 def changed_by_a_pre_hook(model):
@@ -101,7 +114,8 @@ class Wrapped(nn.Module):
             self.attention_type = layer.attention_type
 
     def forward(self, hidden, *args, **kwargs):
-        return self.layer(hidden, *args, **kwargs) + 0.25 * hidden.roll(1, 1)
+        out = self.layer(hidden, *args, **kwargs)
+        return _with_hidden(out, _hidden(out) + 0.25 * hidden.roll(1, 1))
 
 
 def wrapped(model):
