@@ -24,7 +24,7 @@ _CHANGES_NOTHING = (
 # What stock itself cannot do, or does not do twice in the same way.
 RULES = {
     "eager attention adds its mask, which True and False are not meant for": lambda case: (
-        case.padding is booleans and case.attention == "eager"
+        case.padding is booleans and (case.attention == "eager" or case.head.startswith("MPNet"))
     ),
     "choices are flattened, a mask (B, 1, S, S) is not, nor GPT-2's and DistilBERT's positions": lambda case: (
         (case.padding in SQUARE and ("MultipleChoice" in case.head or "DoubleHeads" in case.head))
@@ -48,8 +48,8 @@ RULES = {
     "DeBERTa's layers share a table that is normalised once, and each reentrant checkpoint runs backward through it": (
         lambda case: case.head.startswith("Deberta") and case.mode is REENTRANT_LAYERS
     ),
-    "ALBERT's layers have no checkpoints": lambda case: (
-        case.head.startswith("Albert") and case.mode in (LAYERS, REENTRANT_LAYERS)
+    "ALBERT's and MPNet's layers have no checkpoints": lambda case: (
+        case.head.startswith(("Albert", "MPNet")) and case.mode in (LAYERS, REENTRANT_LAYERS)
     ),
     "backward of a checkpoint runs the model again, as it is then": lambda case: (
         case.mode in CHECKPOINTS and case.between not in _CHANGES_NOTHING
