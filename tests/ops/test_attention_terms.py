@@ -139,9 +139,11 @@ def test_long_sequences_with_dropout(isa, terms, causal):
 @pytest.mark.parametrize("terms", either([SETS[0], SETS[3]], [SETS[4]]))
 def test_packed_is_each_sequence_alone(isa, backend, terms):
     offsets, furthest, width = [0, 0, 5, 70, 70, 71, 200, 200], 30, 25
-    inputs = inputs_of(terms, 1, 200, 200, 2, 32, furthest, width)
+    offsets += [200 + row for row in range(2, either(150, 0), 3)]  # more than a block of them
+    rows = offsets[-1]
+    inputs = inputs_of(terms, 1, rows, rows, 2, 32, furthest, width)
     inputs = [x if name == "bias" else x[0] for name, x in zip(names(terms), inputs, strict=True)]
-    upstream, options = torch.randn(200, 2, 32), options_of(terms, furthest, width)
+    upstream, options = torch.randn(rows, 2, 32), options_of(terms, furthest, width)
     packed = gradients(ours(terms, backend, cu_seqlens=torch.tensor(offsets), **options), inputs, upstream)
     alone = []
     for first, last in itertools.pairwise(offsets):
