@@ -27,8 +27,18 @@ A window cuts a band out of the scores: a tile of queries begins at the first ke
 last, a tile of keys likewise, so the work is O(Q window); tiles that an edge of the band crosses are masked, before and
 behind those that it does not. None is an argument of its own for the compiler, and leaves nothing of this.
 
+Terms by distance add to the scores, b = buckets[clamp(j - p_i, -R, R) + R]:
+    S = scale (q_i k_j + c2p[i, b] + p2c[j, b]) + bias[clamp(j - p_i, -R, R) + R],
+    dbias[d] = the sum of dS of its distance, dc2p[i, b] = scale times that of the bucket in row i, dp2c in column j.
+Each tile looks up what it adds: the tables stay in the caches, of c2p and p2c it reads the rows that it owns. The dQ
+kernel owns rows of dc2p, and each program a row of dbias, which torch adds up; the dK, dV kernel owns rows of dp2c.
+They are float32 in memory: a tile adds to them before the next does, at the cost of 8 bytes of L1 or L2 for each
+score, and once more for each distance that shares its bucket with one before. A bias's diagonals cost a shuffle of
+the tile through shared memory instead. With terms all tiles are masked, which halves the code, and small, for the
+addresses; none of this is there without them.
+
 A `call` says which queries meet which keys and what becomes of the scores: fasttune/ops/_attention_call.py.
-The kernels: attention_forward.py, attention_backward.py, and what they share, attention_rows.py.
+The kernels: attention_forward.py, attention_backward.py, and what they share, attention_rows.py, attention_terms.py.
 """
 
 import dataclasses
