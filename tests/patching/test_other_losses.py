@@ -367,3 +367,22 @@ def test_maxima_and_their_neighbours_are_stocks(name):
         found.append([value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * max(1.0, a.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", ["smoothed", "by_sequence", "chosen_minus_logsumexp"])
+def test_weights_that_are_frozen_while_a_loss_is_read_get_their_gradient(name):
+    """A promise depends on the weights that wanted a gradient when it was made, as stock's logits do."""
+    found = []
+    for patched in (False, True):
+        model = build("BertForMaskedLM")
+        inputs = batch_of(model, padding="right")
+        labels = inputs.pop("labels")
+        logits = (fasttune.patch(model) if patched else model)(**inputs).logits
+        model.requires_grad_(False)
+        loss = LOSSES[name](logits, labels)
+        model.requires_grad_(True)
+        loss.backward()
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, expected in found[0].items():
+        torch.testing.assert_close(found[1][key], expected, rtol=1e-4, atol=1e-6, msg=key)

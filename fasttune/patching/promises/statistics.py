@@ -112,6 +112,7 @@ def statistics(promised: PromisedRows, logits: LinearRows, labels: Tensor | None
         if known.labels is not None and table.device.type == "cpu" and torch.equal(known.labels, table):
             return known
     made = Statistics(logits.source, logits.weight, logits.bias, logits.backend, labels=table)
+    made.weights, made.leaves = logits.weights, logits.leaves  # as they were when the logits were promised
     logits.statistics.append(made)
     logits.note()
     return made
