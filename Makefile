@@ -76,7 +76,7 @@ test: $(VENV)/.installed-dev build lint
 	$(SUITE) -m "not slow"
 
 slow: $(VENV)/.installed-dev build
-	@echo "== testing what takes minutes: the demo, a rehearsal of the check on a GPU, torch.compile, the benchmarks"
+	@echo "== testing what takes minutes: the demo, a rehearsal of the check on a GPU, torch.compile, two processes, the benchmarks"
 	$(SUITE) -m slow
 
 triton: $(VENV)/.installed-dev build

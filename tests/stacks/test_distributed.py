@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
