@@ -22,6 +22,7 @@ done
 export PYTHONSAFEPATH=1 PYTHONPATH="$PWD/$OUT/lib"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1
+export OMP_WAIT_POLICY=PASSIVE  # two processes of two threads each
 LD_PRELOAD="$preload" "$PYTHON" -c "
 import fasttune.ops._cpp as cpp, sys
 assert cpp.library is not None, cpp.unavailable_reason

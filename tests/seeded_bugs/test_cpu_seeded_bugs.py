@@ -260,7 +260,7 @@ def run_tests(library, tests):
     """pytest's exit status and output for tests of tests/ops on that library."""
     nodes = sorted({f"tests/ops/test_{test.partition('::')[0]}.py::{test.partition('::')[2]}" for test in tests})
     environment = {**os.environ, "FASTTUNE_MUTANT": str(library), "FASTTUNE_CPU_ISA": ISA, "CI": "1"}
-    environment |= {"OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     )
