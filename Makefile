@@ -25,7 +25,7 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 # Two processes of one thread each; a file's tests share what they set up. Tests of threads ask for theirs, and where
-# these wait without spinning the processes leave each other the cores:.
+# these wait without spinning the processes leave each other the cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 # The build requirements of pyproject.toml: here the library is built in place, file by file as they change.
 BUILD_REQUIRES := "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
