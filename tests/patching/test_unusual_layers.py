@@ -57,3 +57,29 @@ def test_position_embeddings_of_another_length_are_stocks_error():
     cos, sin = model.rotary_emb(hidden, torch.arange(10)[None], "full_attention")
     with pytest.raises(RuntimeError, match="must match the size"):
         layer(hidden, position_embeddings=(cos, sin))
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        *(("BertForMaskedLM", "BertSelfAttention"), ("GPT2LMHeadModel", "GPT2Attention")),
+        *(("MPNetForMaskedLM", "MPNetSelfAttention"), ("DebertaV2ForMaskedLM", "DisentangledSelfAttention")),
+        *(("DistilBertForMaskedLM", "DistilBertSelfAttention"), ("ModernBertForMaskedLM", "ModernBertAttention")),
+        ("EsmForMaskedLM", "EsmSelfAttention"),
+    ],
+)
+def test_attention_that_was_replaced_for_the_whole_process_is_called(monkeypatch, head, name):
+    model = build(head)
+    batch, ours = batch_of(model, padding="right"), fasttune.patch(copy.deepcopy(model))
+    (cls,) = {cls for module in model.modules() for cls in type(module).__mro__ if cls.__name__ == name}
+    shipped = cls.forward
+
+    def larger(self, *args, **kwargs):
+        out, *rest = shipped(self, *args, **kwargs)
+        return (out * 1.5, *rest)
+
+    monkeypatch.setattr(cls, "forward", larger)
+    expected, actual = gradients(model, batch), gradients(ours, batch)
+    torch.testing.assert_close(actual[0], expected[0])
+    for key, gradient in expected[1].items():
+        torch.testing.assert_close(actual[1][key], gradient, rtol=1e-4, atol=1e-6, msg=key)

@@ -18,7 +18,7 @@ from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.entry import EAGER, ordinary
 from fasttune.patching.layers.frozen import Unknown, linear, probability
-from fasttune.patching.layers.leaves import promised_logits, why_at_once, why_no_layer_norm
+from fasttune.patching.layers.leaves import logits_on_demand, why_at_once, why_no_layer_norm
 from fasttune.patching.layers.mlp import transform, why_no_activation, why_no_gelu
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.projections import Separate
@@ -224,6 +224,8 @@ class DisentangledSelfAttention(Patched, stock.DisentangledSelfAttention):
         if torch.compiler.is_compiling():  # which looks at no mask
             return None
         why = why_unknown(self.dropout, nn.Dropout) or _why_not_stocks(self)
+        for part in _projections(self).values():  # which are given a part of the table
+            why = why or why_unknown(part, nn.Linear)
         if why is not None:
             self._fasttune.aside(why)
             return None
@@ -309,7 +311,7 @@ class DebertaV2LMPredictionHead(Patched, stock.DebertaV2LMPredictionHead):
         weight, patch = word_embeddings.weight, self._fasttune
         why = why_at_once(self, transformed, weight) if patch.settings.options.loss else ""
         if why is None:
-            return promised_logits(self, transformed, weight, self.bias)
+            return logits_on_demand(self, transformed, weight, self.bias)
         if why:
             patch.aside(why)
         return torch.matmul(transformed, weight.t()) + self.bias

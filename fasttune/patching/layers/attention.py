@@ -23,6 +23,7 @@ from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.real_keys import over_real_keys
 from fasttune.patching.marks import reading_waits, runs_fused, unusual
 from fasttune.patching.padding.layout import Layout
+from fasttune.patching.premises.known import stock_class, why_replaced
 from fasttune.patching.promises.later import Later
 from fasttune.patching.promises.tensor import PromisedRows, materialized
 
@@ -50,6 +51,7 @@ def layout_for_attention(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     try:
+        _as_shipped(module)
         if implementation not in ATTENTIONS:
             raise Unknown(f"attn_implementation={implementation!r}")
         if attentions_wanted():
@@ -71,6 +73,13 @@ def layout_for_attention(
         return None
     patch.note()
     return layout
+
+
+def _as_shipped(module: Patched) -> None:
+    """Raises Unknown if the forward that fasttune's stands for is not the one that its class ships."""
+    why = why_replaced(stock_class(type(module)))
+    if why is not None:
+        raise Unknown(why)
 
 
 def self_attention(
@@ -148,6 +157,7 @@ def across(
     if torch.compiler.is_compiling() or unusual() or 0 in query.shape or 0 in states.shape:
         return None
     try:
+        _as_shipped(module)
         if implementation not in ATTENTIONS or attentions_wanted() or query.shape[-1] > MAX_HEAD_DIM:
             raise Unknown("attention weights were asked for, or another attention was chosen")
         others = {name for name, given in arguments.items() if given is not None and given is not False}

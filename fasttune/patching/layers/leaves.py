@@ -65,20 +65,20 @@ class Linear(Patched, nn.Linear):
             if why:
                 self._fasttune.aside(why)
             return nn.Linear.forward(self, input)
-        return promised_logits(self, input, self.weight, self.bias)
+        return logits_on_demand(self, input, self.weight, self.bias)
 
     def plus(self, input: Tensor, bias: Tensor) -> Tensor:
         """self(input) + bias, of a head that keeps its bias beside the projection."""
         if self.bias is not None or why_watched(self) is not None or self._why_at_once(input) is not None:
             out: Tensor = self(input) + bias
             return out
-        return promised_logits(self, input, self.weight, bias)
+        return logits_on_demand(self, input, self.weight, bias)
 
     def _why_at_once(self, input: Tensor) -> str | None:
         return "" if type(self) is not Linear else why_at_once(self, input, self.weight)
 
 
-def promised_logits(head: Patched, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits_on_demand(head: Patched, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """input @ weightᵀ + bias of a projection to the vocabulary, which nobody has computed yet."""
     fresh = isinstance(input, PromisedRows) and input.untouched()
     source = input.state.source if fresh else source_of(input)  # type: ignore[attr-defined]
