@@ -138,27 +138,42 @@ class CrossAttention(Patched):
         return super().forward(hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs)
 
 
-class DenseDropoutAddNorm(Patched):
-    """LayerNorm(dropout(dense(x)) + residual): what ends attention and what ends the MLP."""
+class DropoutAddNorm(Patched):
+    """LayerNorm(dropout(x) + residual), in a module that holds both."""
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        patch, norm = self._fasttune, self.LayerNorm
-        why = why_unknown(self.dropout, nn.Dropout) or why_unknown(norm, nn.LayerNorm)
+    def in_one(self, x: Tensor) -> bool:
+        """Whether that is one pass in this call, and notes it."""
+        patch = self._fasttune
+        why = why_unknown(self.dropout, nn.Dropout) or why_unknown(self.LayerNorm, nn.LayerNorm)
         why = why or why_replaced(stock_class(type(self)))
-        if why is not None or not patch.fused(hidden_states):
-            if why is not None:
-                patch.aside(why)
-            return super().forward(hidden_states, input_tensor)
+        if why is not None:
+            patch.aside(why)
+            return False
+        if not patch.fused(x):
+            return False
         patch.note()
+        return True
+
+    def normed(self, x: Tensor, residual: Tensor) -> Tensor:
+        norm = self.LayerNorm
         return ops.dropout_add_layer_norm(
-            self.dense(hidden_states),
-            input_tensor,
+            x,
+            residual,
             norm.weight,
             norm.bias,
             eps=norm.eps,
             dropout_p=self.dropout.p if self.dropout.training else 0.0,
-            backend=patch.backend,
+            backend=self._fasttune.backend,
         )
+
+
+class DenseDropoutAddNorm(DropoutAddNorm):
+    """LayerNorm(dropout(dense(x)) + residual): what ends attention and what ends the MLP."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if not self.in_one(hidden_states):
+            return super().forward(hidden_states, input_tensor)
+        return self.normed(self.dense(hidden_states), input_tensor)
 
 
 class DenseActivation(Patched):

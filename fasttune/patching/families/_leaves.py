@@ -1,11 +1,14 @@
-"""The rules for torch's own modules, which every family holds."""
+"""The rules that families share: for torch's own modules, and for the parts that each has under a name of its own."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from fasttune.patching.families.spec import Replacement
 from fasttune.patching.layers.leaves import Dropout, Embedding, LayerNorm, Linear, why_no_embedding, why_no_layer_norm
+from fasttune.patching.layers.mlp import why_no_activation
 
 
 def common_leaves(*heads: str) -> tuple[Replacement, ...]:
@@ -36,3 +39,28 @@ def lookup(*names: str) -> Replacement:
         only=names,
         unsuited=why_no_embedding,
     )
+
+
+def whole_layer(stock: type[nn.Module], by: type[nn.Module], **more: Any) -> Replacement:
+    """more: of `Replacement`."""
+    does = "padding left out, last layer for rows that are read"
+    return Replacement(stock, by, "packing or trim", "", does, pays_in_torch=True, **more)
+
+
+def dropout_add_norm(stock: type[nn.Module], by: type[nn.Module]) -> Replacement:
+    """Of a module with `dropout` and `LayerNorm`."""
+    return Replacement(
+        stock,
+        by,
+        "norms",
+        "dropout_add_layer_norm",
+        "dropout + residual + LayerNorm",
+        covers=("LayerNorm", "dropout"),
+        unsuited=lambda module: why_no_layer_norm(module.LayerNorm),
+    )
+
+
+def bias_activation(stock: type[nn.Module], by: type[nn.Module], name: str) -> Replacement:
+    """name: of the attribute that holds the activation."""
+    does, unsuited = "bias + activation", why_no_activation(name)
+    return Replacement(stock, by, "mlp", "bias_activation", does, covers=(name,), unsuited=unsuited)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.albert import modeling_albert as stock
 
 from fasttune.patching.families import _bert_like as shared
-from fasttune.patching.families._leaves import common_leaves, lookup
+from fasttune.patching.families._leaves import common_leaves, lookup, whole_layer
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import self_attention
 from fasttune.patching.layers.captured import Parts
@@ -119,14 +119,7 @@ FAMILY = Family(
             covers=("LayerNorm",),
             unsuited=lambda module: why_no_layer_norm(module.LayerNorm),
         ),
-        Replacement(
-            stock.AlbertLayer,
-            AlbertLayer,
-            "packing or trim",
-            "",
-            "padding left out, last layer for rows that are read",
-            pays_in_torch=True,
-        ),
+        whole_layer(stock.AlbertLayer, AlbertLayer),
         *common_leaves("decoder"),
     ),
 )

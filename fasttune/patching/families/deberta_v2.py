@@ -11,15 +11,15 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 from fasttune import ops
 from fasttune.ops._random import repeating
 from fasttune.patching.families import _bert_like as shared
-from fasttune.patching.families._leaves import common_leaves, lookup
+from fasttune.patching.families._leaves import bias_activation, common_leaves, dropout_add_norm, lookup, whole_layer
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import layout_for_attention
 from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.entry import EAGER, ordinary
 from fasttune.patching.layers.frozen import Unknown, linear, probability
-from fasttune.patching.layers.leaves import logits_on_demand, why_at_once, why_no_layer_norm
-from fasttune.patching.layers.mlp import transform, why_no_activation, why_no_gelu
+from fasttune.patching.layers.leaves import logits_on_demand, why_at_once
+from fasttune.patching.layers.mlp import transform, why_no_gelu
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.projections import Separate
 from fasttune.patching.layers.promised import PromisedLayer
@@ -324,18 +324,6 @@ _OF_EVERY_TOKEN = (
 )
 
 
-def _norm(by: type[nn.Module], of: type[nn.Module]) -> Replacement:
-    return Replacement(
-        of,
-        by,
-        "norms",
-        "dropout_add_layer_norm",
-        "dropout + residual + LayerNorm",
-        covers=("LayerNorm", "dropout"),
-        unsuited=lambda module: why_no_layer_norm(module.LayerNorm),
-    )
-
-
 def _transform(by: type[nn.Module], of: type[nn.Module]) -> Replacement:
     return Replacement(
         of,
@@ -376,27 +364,12 @@ FAMILY = Family(
             "attention without a T×T tensor",
             covers=("dropout", "pos_dropout"),
         ),
-        _norm(DebertaV2SelfOutput, stock.DebertaV2SelfOutput),
-        _norm(DebertaV2Output, stock.DebertaV2Output),
-        Replacement(
-            stock.DebertaV2Intermediate,
-            DebertaV2Intermediate,
-            "mlp",
-            "bias_activation",
-            "bias + activation",
-            covers=("intermediate_act_fn",),
-            unsuited=why_no_activation("intermediate_act_fn"),
-        ),
+        dropout_add_norm(stock.DebertaV2SelfOutput, DebertaV2SelfOutput),
+        dropout_add_norm(stock.DebertaV2Output, DebertaV2Output),
+        bias_activation(stock.DebertaV2Intermediate, DebertaV2Intermediate, "intermediate_act_fn"),
         _transform(LegacyDebertaV2PredictionHeadTransform, stock.LegacyDebertaV2PredictionHeadTransform),
         _transform(DebertaV2LMPredictionHead, stock.DebertaV2LMPredictionHead),
-        Replacement(
-            stock.DebertaV2Layer,
-            DebertaV2Layer,
-            "packing or trim",
-            "",
-            "padding left out, last layer for rows that are read",
-            pays_in_torch=True,
-        ),
+        whole_layer(stock.DebertaV2Layer, DebertaV2Layer),
         *common_leaves("decoder"),
     ),
 )

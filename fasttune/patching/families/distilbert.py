@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 from transformers.models.distilbert import modeling_distilbert as stock
 
-from fasttune.patching.families._leaves import common_leaves, lookup
+from fasttune.patching.families._leaves import bias_activation, common_leaves, lookup, whole_layer
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import self_attention
 from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
-from fasttune.patching.layers.mlp import dense_activation, why_no_activation
+from fasttune.patching.layers.mlp import dense_activation
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.projections import Separate
 from fasttune.patching.layers.promised import PromisedEncoderLayer
@@ -107,23 +107,8 @@ FAMILY = Family(
             "attention without a T×T tensor",
             covers=("dropout",),
         ),
-        Replacement(
-            stock.FFN,
-            FFN,
-            "mlp",
-            "bias_activation",
-            "bias + activation",
-            covers=("activation",),
-            unsuited=why_no_activation("activation"),
-        ),
-        Replacement(
-            stock.TransformerBlock,
-            TransformerBlock,
-            "packing or trim",
-            "",
-            "padding left out, last layer for rows that are read",
-            pays_in_torch=True,
-        ),
+        bias_activation(stock.FFN, FFN, "activation"),
+        whole_layer(stock.TransformerBlock, TransformerBlock),
         *common_leaves("vocab_projector"),
     ),
 )

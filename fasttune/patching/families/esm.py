@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.esm import modeling_esm as stock
 
-from fasttune.patching.families._leaves import common_leaves, lookup
+from fasttune.patching.families._leaves import common_leaves, lookup, whole_layer
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import attend, layout_for_attention
 from fasttune.patching.layers.captured import Parts
@@ -166,14 +166,7 @@ FAMILY = Family(
             covers=("layer_norm",),
             unsuited=lambda module: why_no_layer_norm(module.layer_norm),
         ),
-        Replacement(
-            stock.EsmLayer,
-            EsmLayer,
-            "packing or trim",
-            "",
-            "padding left out, last layer for rows that are read",
-            pays_in_torch=True,
-        ),
+        whole_layer(stock.EsmLayer, EsmLayer),
         *common_leaves("decoder"),
     ),
 )

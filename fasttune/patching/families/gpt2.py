@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from fasttune import ops
-from fasttune.patching.families._leaves import common_leaves, lookup
+from fasttune.patching.families._leaves import common_leaves, lookup, whole_layer
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import (
     across,
@@ -235,15 +235,7 @@ FAMILY = Family(
             "embedding",
             "one gradient for a tied weight",
         ),
-        Replacement(
-            stock.GPT2Block,
-            GPT2Block,
-            "packing or trim",
-            "",
-            "padding left out, last layer for rows that are read",
-            unsuited=lambda module: why_no_layer_norm(module.ln_2),
-            pays_in_torch=True,
-        ),
+        whole_layer(stock.GPT2Block, GPT2Block, unsuited=lambda module: why_no_layer_norm(module.ln_2)),
         Replacement(
             stock.GPT2Attention,
             GPT2Attention,

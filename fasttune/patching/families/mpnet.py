@@ -8,22 +8,20 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mpnet import modeling_mpnet as stock
 
-from fasttune import ops
 from fasttune.patching.families import _bert_like as shared
 from fasttune.patching.families import _roberta_like
-from fasttune.patching.families._leaves import common_leaves, lookup
+from fasttune.patching.families._leaves import bias_activation, common_leaves, dropout_add_norm, lookup, whole_layer
 from fasttune.patching.families.spec import Family, Replacement
 from fasttune.patching.layers.attention import attend, layout_for_attention
 from fasttune.patching.layers.captured import Parts
 from fasttune.patching.layers.embeddings import Sum, sum_norm_dropout, why_no_sum
 from fasttune.patching.layers.entry import EAGER, ordinary
 from fasttune.patching.layers.leaves import why_no_layer_norm
-from fasttune.patching.layers.mlp import why_no_activation
 from fasttune.patching.layers.patched import Patched
 from fasttune.patching.layers.projections import Separate
 from fasttune.patching.layers.promised import PromisedLayer
 from fasttune.patching.marks import unusual
-from fasttune.patching.premises.known import stock_class, why_replaced, why_unknown
+from fasttune.patching.premises.known import why_replaced, why_unknown
 from fasttune.patching.promises.distances import DistanceBias
 
 
@@ -160,7 +158,7 @@ class MPNetSelfAttention(Patched, stock.MPNetSelfAttention):
         return (self.o(out.flatten(2)),)
 
 
-class MPNetAttention(Patched, stock.MPNetAttention):
+class MPNetAttention(shared.DropoutAddNorm, stock.MPNetAttention):
     def forward(
         self,
         hidden_states: Tensor,
@@ -169,25 +167,10 @@ class MPNetAttention(Patched, stock.MPNetAttention):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> Any:
-        patch, norm = self._fasttune, self.LayerNorm
-        why = why_unknown(self.dropout, nn.Dropout) or why_unknown(norm, nn.LayerNorm)
-        why = why or why_replaced(stock_class(type(self)))
-        if why is not None or not patch.fused(hidden_states):
-            if why is not None:
-                patch.aside(why)
+        if not self.in_one(hidden_states):
             return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
-        patch.note()
         outputs = self.attn(hidden_states, attention_mask, position_bias, output_attentions=output_attentions)
-        normed = ops.dropout_add_layer_norm(
-            outputs[0],
-            hidden_states,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            dropout_p=self.dropout.p if self.dropout.training else 0.0,
-            backend=patch.backend,
-        )
-        return (normed, *outputs[1:])
+        return (self.normed(outputs[0], hidden_states), *outputs[1:])
 
 
 class MPNetIntermediate(shared.DenseActivation, stock.MPNetIntermediate):
@@ -203,18 +186,6 @@ class MPNetLMHead(_roberta_like.LMHead, stock.MPNetLMHead):
 
 
 _OF_EVERY_TOKEN = (stock.MPNetForMaskedLM, stock.MPNetForTokenClassification, stock.MPNetForQuestionAnswering)
-
-
-def _norm(by: type[nn.Module], of: type[nn.Module]) -> Replacement:
-    return Replacement(
-        of,
-        by,
-        "norms",
-        "dropout_add_layer_norm",
-        "dropout + residual + LayerNorm",
-        covers=("LayerNorm", "dropout"),
-        unsuited=lambda module: why_no_layer_norm(module.LayerNorm),
-    )
 
 
 FAMILY = Family(
@@ -252,17 +223,9 @@ FAMILY = Family(
             "attention without a T×T tensor",
             covers=("dropout",),
         ),
-        _norm(MPNetAttention, stock.MPNetAttention),
-        _norm(MPNetOutput, stock.MPNetOutput),
-        Replacement(
-            stock.MPNetIntermediate,
-            MPNetIntermediate,
-            "mlp",
-            "bias_activation",
-            "bias + activation",
-            covers=("intermediate_act_fn",),
-            unsuited=why_no_activation("intermediate_act_fn"),
-        ),
+        dropout_add_norm(stock.MPNetAttention, MPNetAttention),
+        dropout_add_norm(stock.MPNetOutput, MPNetOutput),
+        bias_activation(stock.MPNetIntermediate, MPNetIntermediate, "intermediate_act_fn"),
         Replacement(
             stock.MPNetLMHead,
             MPNetLMHead,
@@ -272,14 +235,7 @@ FAMILY = Family(
             covers=("layer_norm",),
             unsuited=lambda module: why_no_layer_norm(module.layer_norm),
         ),
-        Replacement(
-            stock.MPNetLayer,
-            MPNetLayer,
-            "packing or trim",
-            "",
-            "padding left out, last layer for rows that are read",
-            pays_in_torch=True,
-        ),
+        whole_layer(stock.MPNetLayer, MPNetLayer),
         *common_leaves("decoder"),
     ),
 )
